@@ -1,0 +1,700 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Bios, the pages that they own, and where they report that they are done.
+//!
+//! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
+
+use super::device::BlockDevice;
+use crate::bindings::{
+    iov::{
+        Direction,
+        UserIter, //
+    },
+    raw,
+    vhost::CompletionList, //
+};
+use core::{
+    cell::UnsafeCell,
+    marker::PhantomData,
+    mem::size_of,
+    ptr::NonNull, //
+};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    sync::{
+        atomic::{
+            ordering,
+            Atomic, //
+        },
+        rcu, //
+    },
+    types::Opaque, //
+};
+
+/// Most page-sized pieces that one bio holds.
+pub(crate) const MAX_BIO_PAGES: usize = raw::BIO_MAX_VECS as usize;
+
+/// Most bytes that one bio holds, however few pieces they are.
+const MAX_BIO_LEN: u32 = (MAX_BIO_PAGES * raw::PAGE_SIZE) as u32;
+
+/// What stands before each bio of a [`BioSet`] in memory.
+#[repr(C)]
+struct Prefix {
+    /// The next bio of the same request.
+    next: *mut raw::bio,
+    /// Whether the bio's pages are the kernel's own, to bounce through, and not pinned.
+    bounces: bool,
+}
+
+fn prefix(bio: NonNull<raw::bio>) -> *mut Prefix {
+    // All bios of this module come from a `BioSet`, which puts a `Prefix` before each.
+    bio.as_ptr().wrapping_byte_sub(size_of::<Prefix>()).cast()
+}
+
+/// Where bios come from; `struct bio_set`.
+///
+/// # Invariants
+///
+/// `raw` is all zeroes, or initialised if `ready` is true, which stays so until it is dropped.
+#[pin_data(PinnedDrop)]
+pub(crate) struct BioSet {
+    #[pin]
+    raw: Opaque<raw::bio_set>,
+    ready: Atomic<bool>,
+}
+
+// SAFETY: A `struct bio_set` is used from any thread and does its own locking.
+unsafe impl Send for BioSet {}
+// SAFETY: As above.
+unsafe impl Sync for BioSet {}
+
+impl BioSet {
+    /// Bios that are there even when memory is short, each with room for [`MAX_BIO_PAGES`].
+    const RESERVE: u32 = 1;
+
+    /// Bytes that the reserve takes.
+    pub(crate) const RESERVE_BYTES: usize = Self::RESERVE as usize
+        * (size_of::<Prefix>() + size_of::<raw::bio>() + MAX_BIO_PAGES * size_of::<raw::bio_vec>());
+
+    /// An empty set, from which nothing can be had before [`BioSet::prepare`].
+    pub(crate) fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            raw: Opaque::zeroed(),
+            ready: Atomic::new(false),
+        })
+    }
+
+    /// Allocates the reserve, the first time that it is called. Callers hold a lock over it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`. Context: may sleep.
+    pub(crate) fn prepare(self: Pin<&Self>) -> Result {
+        if self.ready.load(ordering::Relaxed) {
+            return Ok(());
+        }
+        // SAFETY: By the type invariant `raw` is all zeroes, as `bioset_init()` wants it, and it
+        // is pinned.
+        to_result(unsafe {
+            raw::bioset_init(
+                self.raw.get(),
+                Self::RESERVE,
+                size_of::<Prefix>() as u32,
+                BIOSET_NEED_BVECS,
+            )
+        })?;
+        // INVARIANT: It was initialised just now.
+        self.ready.store(true, ordering::Relaxed);
+        Ok(())
+    }
+
+    /// A bio on `device` for up to `pages` pieces of pages, from `sector` on.
+    ///
+    /// With `wait`, takes from the reserve if it must, and may sleep until a bio of this set is
+    /// free: the caller says so only if none is in flight, else it may wait for what it has to free
+    /// itself. Without, it neither sleeps nor takes from the reserve, and may return `None`.
+    #[inline]
+    pub(crate) fn alloc<'a>(
+        self: Pin<&'a Self>,
+        device: &BlockDevice,
+        op: Op,
+        sector: u64,
+        pages: usize,
+        wait: bool,
+    ) -> Option<Bio<'a, Building>> {
+        if !self.ready.load(ordering::Relaxed) {
+            return None;
+        }
+        let gfp = if wait {
+            raw::RUST_CONST_HELPER_GFP_NOIO
+        } else {
+            raw::RUST_CONST_HELPER_GFP_NOWAIT_NOWARN
+        };
+
+        // SAFETY: The device is open, `self` is initialised by the type invariant, and the count of
+        // vectors is not above `BIO_MAX_VECS`.
+        let bio = NonNull::new(unsafe {
+            raw::bio_alloc_bioset(
+                device.as_raw(),
+                pages.min(MAX_BIO_PAGES) as u16,
+                op.flags(),
+                gfp,
+                self.raw.get(),
+            )
+        })?;
+        // SAFETY: The bio is ours alone, and a `Prefix` is before it.
+        unsafe {
+            (*bio.as_ptr()).bi_iter.bi_sector = sector;
+            prefix(bio).write(Prefix {
+                next: core::ptr::null_mut(),
+                bounces: false,
+            });
+        }
+        // INVARIANT: The bio is new, holds no pages, and nobody else has it.
+        Some(Bio {
+            raw: bio,
+            _state: PhantomData,
+        })
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for BioSet {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: `raw` is initialised or all zeroes, and `bioset_exit()` takes both. Every bio of
+        // it is gone: each borrowed it, or was owned by a slot of the virtqueue that owns it.
+        unsafe { raw::bioset_exit(self.raw.get()) };
+    }
+}
+
+/// `BIOSET_NEED_BVECS` of `include/linux/bio.h`, a member of an unnamed enum there.
+const BIOSET_NEED_BVECS: i32 = 1 << 0;
+
+/// What a bio does.
+#[derive(Copy, Clone, PartialEq, Eq)]
+pub(crate) enum Op {
+    /// Reads.
+    Read,
+    /// Writes; with `fua`, is complete only when the data is on stable storage.
+    Write {
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Makes all writes that were complete before stable. Has no data.
+    Flush,
+}
+
+impl Op {
+    #[inline]
+    fn flags(self) -> u32 {
+        const fn flag(bit: raw::req_flag_bits) -> u32 {
+            1 << bit
+        }
+        /// As the block layer marks direct writes: somebody waits for them.
+        const WRITE: u32 = raw::req_op_REQ_OP_WRITE
+            | flag(raw::req_flag_bits___REQ_SYNC)
+            | flag(raw::req_flag_bits___REQ_IDLE);
+
+        match self {
+            Op::Read => raw::req_op_REQ_OP_READ,
+            Op::Write { fua: false } => WRITE,
+            Op::Write { fua: true } => WRITE | flag(raw::req_flag_bits___REQ_FUA),
+            // `submit_bio()` refuses `REQ_OP_FLUSH`.
+            Op::Flush => WRITE | flag(raw::req_flag_bits___REQ_PREFLUSH),
+        }
+    }
+}
+
+/// State of a [`Bio`] that is not submitted yet.
+pub(crate) enum Building {}
+
+/// State of a [`Bio`] that the block layer is done with, or never got.
+pub(crate) enum Finished {}
+
+/// Why pages could not be added to a bio.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum BuildError {
+    /// The guest's memory cannot be used.
+    Fault,
+    /// The host has no memory to bounce through.
+    NoMemory,
+}
+
+/// A bio that owns its pages. They are released when it is dropped.
+///
+/// A submitted bio belongs to the block layer and has no object: it comes back, finished, from the
+/// [`PendingBios`] it was submitted with.
+///
+/// # Invariants
+///
+/// - `raw` is a bio of a [`BioSet`], of which this object has the only reference.
+/// - Its vectors are kernel pages allocated for it if its prefix says that it bounces, else pages
+///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none.
+pub(crate) struct Bio<'a, State> {
+    raw: NonNull<raw::bio>,
+    _state: PhantomData<(&'a BioSet, State)>,
+}
+
+impl<State> Bio<'_, State> {
+    fn is_read(&self) -> bool {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.raw.as_ptr()).bi_opf & REQ_OP_MASK == raw::req_op_REQ_OP_READ }
+    }
+
+    fn bounces(&self) -> bool {
+        // SAFETY: By the type invariant the bio is ours, with its prefix.
+        unsafe { (*prefix(self.raw)).bounces }
+    }
+
+    /// Whether all its pages, of which there are some, are dirty.
+    #[inline]
+    fn is_dirty(&self) -> bool {
+        // SAFETY: By the type invariant the bio is ours, and its pages are pinned.
+        unsafe { raw::rust_helper_bio_dirty(self.raw.as_ptr()) }
+    }
+
+    /// The bio's vectors: page, offset and length of each.
+    fn vectors(&self) -> &[raw::bio_vec] {
+        // SAFETY: By the type invariant the bio is ours; the block layer does not change
+        // `bi_io_vec` and `bi_vcnt` of a bio that it is given.
+        unsafe {
+            let bio = &*self.raw.as_ptr();
+            if bio.bi_vcnt == 0 {
+                return &[];
+            }
+            core::slice::from_raw_parts(bio.bi_io_vec, usize::from(bio.bi_vcnt))
+        }
+    }
+}
+
+impl Bio<'_, Building> {
+    /// Whether it is on `device`.
+    #[inline]
+    pub(in crate::bindings) fn is_on(&self, device: &BlockDevice) -> bool {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.raw.as_ptr()).bi_bdev == device.as_raw() }
+    }
+
+    /// Bytes of data in it.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.raw.as_ptr()).bi_iter.bi_size as usize }
+    }
+
+    /// Pins the memory from `memory`'s cursor on and adds it, until the bio is full or the memory
+    /// ends. Moves the cursor behind what was added. A read's memory must be a destination, a
+    /// write's a source.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Fault`] if memory cannot be pinned or is not aligned to `dma_alignment`, a
+    /// mask. What was added before stays in the bio.
+    #[inline]
+    pub(crate) fn pin(
+        &mut self,
+        memory: &mut UserIter<'_>,
+        dma_alignment: u32,
+    ) -> Result<(), BuildError> {
+        if self.bounces() || self.is_read() != (memory.direction() == Direction::Destination) {
+            return Err(BuildError::Fault);
+        }
+        // SAFETY: By the type invariant the bio is ours.
+        let bio = unsafe { &mut *self.raw.as_ptr() };
+
+        while memory.remaining() > 0 && bio.bi_vcnt < bio.bi_max_vecs {
+            let room = MAX_BIO_LEN.saturating_sub(bio.bi_iter.bi_size) as usize;
+            if room == 0 {
+                break;
+            }
+            // SAFETY: The vectors are an array of `bi_max_vecs`, of which `bi_vcnt` are used; the
+            // iterator is over user memory and valid.
+            let added = unsafe {
+                raw::iov_iter_extract_bvecs(
+                    memory.as_raw(),
+                    bio.bi_io_vec,
+                    room,
+                    &mut bio.bi_vcnt,
+                    bio.bi_max_vecs,
+                    dma_alignment,
+                    0,
+                )
+            };
+            // INVARIANT: `iov_iter_extract_bvecs()` pins pages of user memory, so the vectors up to
+            // `bi_vcnt` are pinned, and the flag says so from the first on.
+            bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
+            if added <= 0 {
+                return Err(BuildError::Fault);
+            }
+            // CAST: Positive, and not above `room`.
+            bio.bi_iter.bi_size += added as u32;
+        }
+        Ok(())
+    }
+
+    /// Adds up to `len` bytes of the kernel's own pages, as many as fit; for a write, filled from
+    /// `memory`, whose cursor moves behind them.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::NoMemory`], or [`BuildError::Fault`] if `memory` cannot be read.
+    pub(crate) fn bounce(
+        &mut self,
+        memory: &mut UserIter<'_>,
+        len: usize,
+    ) -> Result<(), BuildError> {
+        // SAFETY: By the type invariant the bio is ours.
+        let bio = unsafe { &mut *self.raw.as_ptr() };
+        if bio.bi_flags & (1 << raw::BIO_PAGE_PINNED) != 0 {
+            return Err(BuildError::Fault);
+        }
+        // INVARIANT: All vectors that the bio gets are pages allocated below.
+        // SAFETY: The bio is ours, with its prefix.
+        unsafe { (*prefix(self.raw)).bounces = true };
+
+        let mut left = len;
+        while left > 0 && bio.bi_vcnt < bio.bi_max_vecs {
+            let piece = left.min(raw::PAGE_SIZE);
+            // SAFETY: Any flags and order may be given.
+            let page =
+                unsafe { raw::alloc_pages(raw::RUST_CONST_HELPER_GFP_KERNEL_ACCOUNT_NOWARN, 0) };
+            if page.is_null() {
+                return Err(BuildError::NoMemory);
+            }
+            // Each page a vector of its own, so that they can be freed one by one.
+            // SAFETY: There is room for another vector.
+            unsafe {
+                *bio.bi_io_vec.add(usize::from(bio.bi_vcnt)) = raw::bio_vec {
+                    bv_page: page,
+                    bv_len: piece as u32,
+                    bv_offset: 0,
+                };
+            }
+            bio.bi_vcnt += 1;
+            bio.bi_iter.bi_size += piece as u32;
+            left -= piece;
+
+            if memory.direction() == Direction::Source {
+                // SAFETY: The page is new and of `PAGE_SIZE`, of which `piece` is a part; the
+                // iterator is a source and valid.
+                let copied = unsafe { raw::copy_page_from_iter(page, 0, piece, memory.as_raw()) };
+                if copied != piece {
+                    return Err(BuildError::Fault);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Bio<'a, Finished> {
+    /// Copies what a read bounced to `memory`, whose cursor moves behind it.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Fault`] if `memory` cannot be written or is too short.
+    pub(crate) fn copy_bounced(&self, memory: &mut UserIter<'_>) -> Result<(), BuildError> {
+        if !self.bounces() || !self.is_read() {
+            return Ok(());
+        }
+        if memory.direction() != Direction::Destination {
+            return Err(BuildError::Fault);
+        }
+        for vector in self.vectors() {
+            let len = vector.bv_len as usize;
+            // SAFETY: The page is the bio's own, and the range is within it; the iterator is a
+            // destination and valid.
+            let copied = unsafe {
+                raw::copy_page_to_iter(
+                    vector.bv_page,
+                    vector.bv_offset as usize,
+                    len,
+                    memory.as_raw(),
+                )
+            };
+            if copied != len {
+                return Err(BuildError::Fault);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Bio<'_, Finished> {
+    /// Releases the pages and drops the bio, in any context. Gives it back if that takes process
+    /// context: it was bounced, or it is a read into pages that are not dirty yet.
+    #[inline]
+    fn release(self) -> Result<(), Self> {
+        // SAFETY: By the type invariant the bio is ours.
+        let flags = unsafe { (*self.raw.as_ptr()).bi_flags };
+        let pinned = flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty();
+        if self.bounces() || (pinned && self.is_read() && !self.is_dirty()) {
+            return Err(self);
+        }
+        let raw = self.raw.as_ptr();
+        core::mem::forget(self);
+        // SAFETY: By the type invariant, which was the object's, its pages are pinned if the flag says
+        // so, and this is the only reference.
+        unsafe {
+            if pinned {
+                raw::__bio_release_pages(raw, false);
+            }
+            raw::bio_put(raw);
+        }
+        Ok(())
+    }
+}
+
+impl<State> Drop for Bio<'_, State> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.bounces() {
+            for vector in self.vectors() {
+                // SAFETY: By the type invariant each is a page of order 0 allocated for this bio.
+                unsafe { raw::__free_pages(vector.bv_page, 0) };
+            }
+        } else {
+            // SAFETY: By the type invariant the bio is ours.
+            let flags = unsafe { (*self.raw.as_ptr()).bi_flags };
+            if flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty() {
+                // SAFETY: The bio's pages are pinned. The disk may have written to a read's: they
+                // are marked dirty, unless they are already, in which case they are written back as
+                // they are now. A bio is dropped in process context, so their lock can be taken.
+                unsafe {
+                    let mark = self.is_read() && !self.is_dirty();
+                    raw::__bio_release_pages(self.raw.as_ptr(), mark);
+                }
+            }
+        }
+        // SAFETY: By the type invariant this is the only reference.
+        unsafe { raw::bio_put(self.raw.as_ptr()) };
+    }
+}
+
+/// `REQ_OP_MASK` of `include/linux/blk_types.h`, an expression that bindgen does not evaluate.
+const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;
+
+/// The bios of one request: those that are built, that are in flight, and that are finished.
+///
+/// It goes round: the owner adds bios and submits them; then it is the block layer's, until the last
+/// bio is done and it is pushed to its [`CompletionList`], which owns it then; whoever completes the
+/// request takes the finished bios.
+///
+/// # Invariants
+///
+/// - `first` to `last` is a list, linked by the bios' prefixes, of bios that this object owns.
+/// - From `submit()` on until it is pushed, only `submit()` itself, before the last bio is submitted, and
+///   `end_io()` touch it; `end_io()` only `pending` and `error`. With the last bio it pushes it.
+/// - `completions` points to a list that outlives this object.
+#[repr(C)]
+pub(crate) struct PendingBios {
+    /// The link in the completion list. First, so that the list's users can find this object.
+    node: UnsafeCell<raw::llist_node>,
+    completions: NonNull<CompletionList>,
+    pending: Atomic<i32>,
+    error: Atomic<i32>,
+    first: UnsafeCell<*mut raw::bio>,
+    last: UnsafeCell<*mut raw::bio>,
+}
+
+// SAFETY: The type invariants say who touches what and when; what `end_io()` shares is atomic.
+unsafe impl Send for PendingBios {}
+// SAFETY: As above; all methods that touch the list of bios are `unsafe` for that reason.
+unsafe impl Sync for PendingBios {}
+
+impl PendingBios {
+    /// No bios.
+    ///
+    /// # Safety
+    ///
+    /// `completions` must outlive the object.
+    pub(in crate::bindings) unsafe fn new(completions: &CompletionList) -> Self {
+        // INVARIANT: The list is empty and nothing is in flight; the caller promises the rest.
+        Self {
+            node: UnsafeCell::new(raw::llist_node {
+                next: core::ptr::null_mut(),
+            }),
+            completions: completions.into(),
+            pending: Atomic::new(0),
+            error: Atomic::new(0),
+            first: UnsafeCell::new(core::ptr::null_mut()),
+            last: UnsafeCell::new(core::ptr::null_mut()),
+        }
+    }
+
+    /// The link in a list, which also leads to what begins with this object.
+    pub(in crate::bindings) fn node(&self) -> *mut raw::llist_node {
+        core::ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// Whether a bio failed since the last call of [`PendingBios::set_error`] with `false`.
+    #[inline]
+    pub(in crate::bindings) fn error(&self) -> bool {
+        self.error.load(ordering::Relaxed) != 0
+    }
+
+    /// Sets whether a bio failed.
+    #[inline]
+    pub(in crate::bindings) fn set_error(&self, error: bool) {
+        self.error.store(i32::from(error), ordering::Relaxed);
+    }
+
+    /// Adds a bio at the end.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns this object: nothing is in flight, and nobody else calls.
+    #[inline]
+    pub(in crate::bindings) unsafe fn add(&self, bio: Bio<'_, Building>) {
+        let raw = bio.raw.as_ptr();
+        // INVARIANT: The bio's ownership passes to the list.
+        core::mem::forget(bio);
+        // SAFETY: The caller owns this object, so both ends are ours; `last` is a bio of the list.
+        unsafe {
+            match NonNull::new(*self.last.get()) {
+                Some(last) => (*prefix(last)).next = raw,
+                None => *self.first.get() = raw,
+            }
+            *self.last.get() = raw;
+        }
+    }
+
+    /// Takes the first bio off the list.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`].
+    #[inline]
+    pub(in crate::bindings) unsafe fn take<'a>(&self) -> Option<Bio<'a, Finished>> {
+        // SAFETY: The caller owns this object, so both ends and the bios are ours.
+        unsafe {
+            let bio = NonNull::new(*self.first.get())?;
+            let next = (*prefix(bio)).next;
+            *self.first.get() = next;
+            if next.is_null() {
+                *self.last.get() = core::ptr::null_mut();
+            }
+            // INVARIANT: The list owned the bio; the block layer is done with it.
+            Some(Bio {
+                raw: bio,
+                _state: PhantomData,
+            })
+        }
+    }
+
+    /// Releases the finished bios. Returns false if some are left, for whose release it takes process
+    /// context.
+    ///
+    /// Context: any.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`].
+    #[inline]
+    pub(in crate::bindings) unsafe fn release(&self) -> bool {
+        // SAFETY: The caller owns this object.
+        while let Some(bio) = unsafe { self.take() } {
+            if let Err(bio) = bio.release() {
+                // SAFETY: As above.
+                unsafe { self.put_back(bio) };
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Undoes [`PendingBios::take`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`].
+    unsafe fn put_back(&self, bio: Bio<'_, Finished>) {
+        let raw = bio.raw;
+        // INVARIANT: The bio's ownership passes to the list, in front of the others.
+        core::mem::forget(bio);
+        // SAFETY: The caller owns this object, so both ends and the bios are ours.
+        unsafe {
+            let next = core::mem::replace(&mut *self.first.get(), raw.as_ptr());
+            (*prefix(raw)).next = next;
+            if next.is_null() {
+                *self.last.get() = raw.as_ptr();
+            }
+        }
+    }
+
+    /// Submits all bios of the list, in order. If there are none, completes at once.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`]. The caller gives up ownership: when this returns, everything may
+    /// be complete already. The bios' devices must stay open until then.
+    #[inline]
+    pub(in crate::bindings) unsafe fn submit(&self) {
+        // SAFETY: The caller owns this object.
+        let mut bio = unsafe { *self.first.get() };
+        let mut count = 0;
+
+        let mut counted = bio;
+        while let Some(raw) = NonNull::new(counted) {
+            count += 1;
+            // SAFETY: The list owns the bio. `end_io()` gets a pointer to this object, which is not
+            // moved or freed while bios are in flight.
+            unsafe {
+                (*raw.as_ptr()).bi_private = core::ptr::from_ref(self).cast_mut().cast();
+                (*raw.as_ptr()).bi_end_io = Some(end_io);
+                counted = (*prefix(raw)).next;
+            }
+        }
+        if count == 0 {
+            self.complete();
+            return;
+        }
+        self.pending.store(count, ordering::Relaxed);
+
+        while let Some(raw) = NonNull::new(bio) {
+            // The last bio may take this object with it, so look ahead.
+            // SAFETY: The bio is not submitted yet, so it is still ours.
+            bio = unsafe { (*prefix(raw)).next };
+            // SAFETY: The bio is complete, and `end_io()` takes it back.
+            unsafe { raw::submit_bio(raw.as_ptr()) };
+        }
+    }
+
+    /// Hands this object to the completion list, or completes what it is part of.
+    #[inline]
+    fn complete(&self) {
+        // Whoever takes this object from the list may free it together with the list, after a grace
+        // period: the list is used until the end of this section.
+        let _guard = rcu::read_lock();
+        // SAFETY: By the type invariant the list outlives this object; nothing is in flight, and the
+        // node is in no list.
+        unsafe { self.completions.as_ref().push(self.node()) };
+    }
+}
+
+/// Called by the block layer when it is done with a bio. Context: any, interrupts included.
+///
+/// # Safety
+///
+/// Only for bios submitted by [`PendingBios::submit`].
+unsafe extern "C" fn end_io(bio: *mut raw::bio) {
+    // SAFETY: `submit()` set `bi_private` to a `PendingBios` that lives until all its bios are done,
+    // and this one was not before.
+    let (pending, status) =
+        unsafe { (&*(*bio).bi_private.cast::<PendingBios>(), (*bio).bi_status) };
+
+    if status != 0 {
+        pending.set_error(true);
+    }
+    // Full ordering: the last one sees the errors of the others, and so does the worker.
+    if pending.pending.fetch_sub(1, ordering::Full) == 1 {
+        pending.complete();
+    }
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A block device that user space opened.
+//!
+//! C headers: `include/linux/blkdev.h`, `include/linux/file.h`.
+
+use crate::bindings::raw;
+use core::ptr::NonNull;
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
+
+/// An open block device, held through the file that user space opened.
+///
+/// The file's own mode says what may be done: see [`BlockDevice::writable`].
+///
+/// # Invariants
+///
+/// `bdev` is the block device that `_file` is of, open for reading.
+pub(crate) struct BlockDevice {
+    /// Keeps `bdev` open.
+    _file: File,
+    bdev: *mut raw::block_device,
+    /// The file is open for writing.
+    write_mode: bool,
+}
+
+/// A reference to an open file.
+///
+/// # Invariants
+///
+/// This object holds a reference to the file.
+struct File(NonNull<raw::file>);
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the reference is ours to drop.
+        unsafe { raw::fput(self.0.as_ptr()) };
+    }
+}
+
+// SAFETY: A `struct file` is reference-counted and may be used and released by any thread.
+unsafe impl Send for BlockDevice {}
+// SAFETY: The methods read the file's constant fields, or call functions of the block layer that
+// do their own locking.
+unsafe impl Sync for BlockDevice {}
+
+/// What a device can do; see `struct queue_limits` for each field.
+///
+/// Sizes are in bytes, `*_sectors` in sectors of 512 bytes; 0 means 'cannot' or 'no limit', as in
+/// the block layer.
+#[derive(Default)]
+pub(crate) struct Limits {
+    pub(crate) logical_block_size: u32,
+    pub(crate) physical_block_size: u32,
+    pub(crate) io_min: u32,
+    pub(crate) io_opt: u32,
+    pub(crate) alignment_offset: u32,
+    pub(crate) max_sectors: u32,
+    pub(crate) max_segments: u32,
+    pub(crate) dma_alignment: u32,
+    pub(crate) max_discard_sectors: u32,
+    pub(crate) discard_granularity: u32,
+    pub(crate) max_write_zeroes_sectors: u32,
+    pub(crate) max_secure_erase_sectors: u32,
+    pub(crate) zone_sectors: u32,
+    pub(crate) nr_zones: u32,
+    pub(crate) max_open_zones: u32,
+    pub(crate) max_active_zones: u32,
+    pub(crate) max_zone_append_sectors: u32,
+    pub(crate) write_cache: bool,
+    pub(crate) rotational: bool,
+}
+
+impl BlockDevice {
+    /// Takes a reference to the block device behind a descriptor of the calling task.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF` if there is no such descriptor, `ENOTBLK` if it is no block device, `EINVAL` if it
+    /// is not open for reading.
+    pub(crate) fn from_fd(fd: u32) -> Result<Self> {
+        // SAFETY: `fget()` may be called with any number.
+        // INVARIANT: `fget()` took the reference.
+        let file = File(NonNull::new(unsafe { raw::fget(fd) }).ok_or(EBADF)?);
+        let raw_file = file.0.as_ptr();
+
+        // SAFETY: The file is open, so its inode and mode are set and do not change.
+        let (inode_mode, mode) = unsafe { ((*(*raw_file).f_inode).i_mode, (*raw_file).f_mode) };
+        if u32::from(inode_mode) & raw::S_IFMT != raw::S_IFBLK {
+            return Err(ENOTBLK);
+        }
+        if mode & FMODE_READ == 0 {
+            return Err(EINVAL);
+        }
+        // INVARIANT: The file is an open block device, so it has this.
+        Ok(Self {
+            // SAFETY: As said.
+            bdev: unsafe { raw::file_bdev(raw_file) },
+            write_mode: mode & FMODE_WRITE != 0,
+            _file: file,
+        })
+    }
+
+    /// The C block device.
+    #[inline]
+    pub(super) fn as_raw(&self) -> *mut raw::block_device {
+        self.bdev
+    }
+
+    /// Whether the descriptor was opened for writing and the disk takes writes now.
+    #[inline]
+    pub(crate) fn writable(&self) -> bool {
+        self.write_mode
+            // SAFETY: The reference to the file keeps the block device alive.
+            && !unsafe { raw::rust_helper_bdev_read_only(self.as_raw()) }
+    }
+
+    /// The disk's size now, in sectors.
+    #[inline]
+    pub(crate) fn capacity(&self) -> u64 {
+        // SAFETY: The reference to the file keeps the block device alive.
+        unsafe { raw::rust_helper_bdev_nr_sectors(self.as_raw()) }
+    }
+
+    /// Bytes of the smallest unit that the disk reads and writes.
+    #[inline]
+    pub(crate) fn logical_block_size(&self) -> u32 {
+        // SAFETY: The reference to the file keeps the block device and its queue alive.
+        unsafe { (*raw::rust_helper_bdev_limits(self.as_raw())).logical_block_size }
+    }
+
+    /// Mask of the address and length bits that must be 0 in a segment that the disk reads or
+    /// writes by itself.
+    #[inline]
+    pub(crate) fn dma_alignment(&self) -> u32 {
+        // SAFETY: As in `logical_block_size()`.
+        unsafe { (*raw::rust_helper_bdev_limits(self.as_raw())).dma_alignment }
+    }
+
+    /// Writes back what the host's page cache holds of the disk, and drops it.
+    ///
+    /// Bios go past that cache, so without this a guest could read stale data, and the host later
+    /// overwrite the guest's. Pages that are mapped or held stay. Context: may sleep for long.
+    ///
+    /// # Errors
+    ///
+    /// The error of the write-back, such as `EIO`.
+    pub(crate) fn sync_and_invalidate(&self) -> Result {
+        // SAFETY: The reference to the file keeps the block device alive.
+        to_result(unsafe { raw::sync_blockdev(self.as_raw()) })?;
+        // SAFETY: As above.
+        unsafe { raw::invalidate_bdev(self.as_raw()) };
+        Ok(())
+    }
+
+    /// What the disk can do now.
+    pub(crate) fn limits(&self) -> Limits {
+        let bdev = self.as_raw();
+        // SAFETY: The reference to the file keeps the block device and its queue alive. The fields
+        // may change while they are read; each is an integer of its own.
+        let limits = unsafe { &*raw::rust_helper_bdev_limits(bdev) };
+        // SAFETY: The reference to the file keeps the block device alive.
+        let (alignment_offset, zone_sectors, nr_zones, write_cache) = unsafe {
+            (
+                raw::rust_helper_bdev_alignment_offset(bdev),
+                raw::rust_helper_bdev_zone_sectors(bdev),
+                raw::rust_helper_bdev_nr_zones(bdev),
+                raw::rust_helper_bdev_write_cache(bdev),
+            )
+        };
+
+        Limits {
+            logical_block_size: limits.logical_block_size,
+            physical_block_size: limits.physical_block_size,
+            io_min: limits.io_min,
+            io_opt: limits.io_opt,
+            alignment_offset: alignment_offset.try_into().unwrap_or(0),
+            max_sectors: limits.max_sectors,
+            max_segments: u32::from(limits.max_segments),
+            dma_alignment: limits.dma_alignment,
+            max_discard_sectors: limits.max_discard_sectors,
+            discard_granularity: limits.discard_granularity,
+            max_write_zeroes_sectors: limits.max_write_zeroes_sectors,
+            max_secure_erase_sectors: limits.max_secure_erase_sectors,
+            zone_sectors: zone_sectors.try_into().unwrap_or(u32::MAX),
+            nr_zones,
+            max_open_zones: limits.max_open_zones,
+            max_active_zones: limits.max_active_zones,
+            max_zone_append_sectors: limits.max_zone_append_sectors,
+            write_cache,
+            rotational: limits.features & raw::BLK_FEAT_ROTATIONAL != 0,
+        }
+    }
+}
+
+/// `FMODE_READ` and `FMODE_WRITE` of `include/linux/fs.h`, macros with a cast that bindgen does not
+/// evaluate.
+const FMODE_READ: raw::fmode_t = 1 << 0;
+const FMODE_WRITE: raw::fmode_t = 1 << 1;

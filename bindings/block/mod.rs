@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The block layer: devices, bios and plugs.
+
+mod bio;
+mod device;
+mod plug;
+
+pub(crate) use bio::{Bio, BioSet, BuildError, Building, Finished, Op, PendingBios, MAX_BIO_PAGES};
+pub(crate) use device::BlockDevice;
+pub(crate) use plug::with_plug;

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/module.h>
+#include <linux/vmalloc.h>
+
+#include "vhost.h"
+#include "helpers.h"
+
+/*
+ * The module! macro has no field for it. sparse cannot evaluate the assertion
+ * on the string's length that comes with it.
+ */
+#ifndef __CHECKER__
+MODULE_VERSION("0.1.0");
+#endif
+
+sector_t rust_helper_bdev_nr_sectors(struct block_device *bdev)
+{
+	return bdev_nr_sectors(bdev);
+}
+
+bool rust_helper_bdev_read_only(struct block_device *bdev)
+{
+	return bdev_read_only(bdev);
+}
+
+bool rust_helper_bdev_write_cache(struct block_device *bdev)
+{
+	return bdev_write_cache(bdev);
+}
+
+int rust_helper_bdev_alignment_offset(struct block_device *bdev)
+{
+	return bdev_alignment_offset(bdev);
+}
+
+unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev)
+{
+	return bdev_nr_zones(bdev);
+}
+
+sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev)
+{
+	return bdev_zone_sectors(bdev);
+}
+
+struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev)
+{
+	return &bdev_get_queue(bdev)->limits;
+}
+
+/* The one loop here: its iterator is a macro. */
+bool rust_helper_bio_dirty(struct bio *bio)
+{
+	struct folio_iter fi;
+
+	bio_for_each_folio_all(fi, bio) {
+		if (!folio_test_dirty(fi.folio))
+			return false;
+	}
+	return true;
+}
+
+bool rust_helper_page_dirty(struct page *page)
+{
+	return folio_test_dirty(page_folio(page));
+}
+
+void *rust_helper_vmap(struct page **pages, unsigned int count)
+{
+	return vmap(pages, count, VM_MAP, PAGE_KERNEL);
+}
+
+void rust_helper_vunmap(void *base)
+{
+	vunmap(base);
+}
+
+void rust_helper_spin_lock_init(spinlock_t *lock)
+{
+	spin_lock_init(lock);
+}
+
+unsigned long rust_helper_spin_lock_irqsave(spinlock_t *lock)
+{
+	unsigned long flags;
+
+	spin_lock_irqsave(lock, flags);
+	return flags;
+}
+
+void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags)
+{
+	spin_unlock_irqrestore(lock, flags);
+}
+
+void rust_helper_llist_add(struct llist_node *node, struct llist_head *head)
+{
+	llist_add(node, head);
+}
+
+struct llist_node *rust_helper_llist_del_all(struct llist_head *head)
+{
+	return llist_del_all(head);
+}
+
+bool rust_helper_llist_empty(struct llist_head *head)
+{
+	return llist_empty(head);
+}
+
+bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit)
+{
+	return vhost_has_feature(vq, bit);
+}
+
+bool rust_helper_vhost_is_little_endian(struct vhost_virtqueue *vq)
+{
+	return vhost_is_little_endian(vq);
+}

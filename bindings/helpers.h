@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef VHOST_BLK_HELPERS_H
+#define VHOST_BLK_HELPERS_H
+/* Functions for what is only a macro or a static inline in C. No logic here. */
+
+#include <linux/blkdev.h>
+#include <linux/llist.h>
+#include <linux/spinlock.h>
+
+struct vhost_virtqueue;
+
+sector_t rust_helper_bdev_nr_sectors(struct block_device *bdev);
+bool rust_helper_bdev_read_only(struct block_device *bdev);
+bool rust_helper_bdev_write_cache(struct block_device *bdev);
+int rust_helper_bdev_alignment_offset(struct block_device *bdev);
+unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev);
+sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev);
+struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev);
+
+bool rust_helper_bio_dirty(struct bio *bio);
+bool rust_helper_page_dirty(struct page *page);
+void *rust_helper_vmap(struct page **pages, unsigned int count);
+void rust_helper_vunmap(void *base);
+
+void rust_helper_spin_lock_init(spinlock_t *lock);
+unsigned long rust_helper_spin_lock_irqsave(spinlock_t *lock);
+void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
+
+void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
+struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
+bool rust_helper_llist_empty(struct llist_head *head);
+
+bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit);
+bool rust_helper_vhost_is_little_endian(struct vhost_virtqueue *vq);
+
+#endif /* VHOST_BLK_HELPERS_H */

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A descriptor chain that the guest made available, and its completion.
+
+use super::{
+    request::{
+        Direct,
+        Request, //
+    },
+    virtqueue::{
+        Operations,
+        VirtqueueGuard, //
+    },
+};
+use crate::bindings::{
+    block::{
+        Bio,
+        Building,
+        Op, //
+    },
+    iov::{
+        self,
+        Direction,
+        IoVec,
+        StatusByte,
+        UserIter, //
+    },
+};
+use core::mem::ManuallyDrop;
+
+/// The newest chain fetched from a virtqueue.
+///
+/// Its readable memory cannot be written, nor its writable memory read, nor either passed. It ends
+/// in [`DescChain::discard`], which gives it back to the ring, in [`DescChain::complete`], or in
+/// [`DescChain::claim`]; one that is just dropped breaks the ring, since its request could never
+/// complete.
+#[must_use = "a chain that is dropped breaks the ring"]
+pub(crate) struct DescChain<'n, 'a, T: Operations> {
+    guard: &'n mut VirtqueueGuard<'a, T>,
+    head: u16,
+    out_num: usize,
+    in_num: usize,
+    descriptors: u32,
+    /// The last writable byte. It is not part of the chain's memory any more.
+    status: Option<StatusByte>,
+    ended: bool,
+}
+
+impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
+    #[inline]
+    pub(super) fn new(
+        guard: &'n mut VirtqueueGuard<'a, T>,
+        head: u16,
+        out_num: usize,
+        in_num: usize,
+        descriptors: u32,
+    ) -> Self {
+        let status = StatusByte::cut_off(guard.chain_memory_mut(out_num, in_num));
+        Self {
+            guard,
+            head,
+            out_num,
+            in_num,
+            descriptors,
+            status,
+            ended: false,
+        }
+    }
+
+    #[inline]
+    fn out(&self) -> &[IoVec] {
+        self.guard.chain_memory(0, self.out_num)
+    }
+
+    #[inline]
+    fn input(&self) -> &[IoVec] {
+        self.guard.chain_memory(self.out_num, self.in_num)
+    }
+
+    /// Bytes of memory that the device reads.
+    #[inline]
+    pub(crate) fn readable_len(&self) -> usize {
+        iov::total(self.out())
+    }
+
+    /// Bytes of memory that the device writes, without the status.
+    #[inline]
+    pub(crate) fn writable_len(&self) -> usize {
+        iov::total(self.input())
+    }
+
+    /// Copies the first bytes that the device reads to `out`. Returns how many: fewer if there are
+    /// fewer, or if they cannot be read.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    #[inline]
+    pub(crate) fn copy_start(&self, out: &mut [u8]) -> usize {
+        iov::copy_start(self.out(), out)
+    }
+
+    /// The memory that the device reads.
+    #[inline]
+    pub(crate) fn readable(&self) -> UserIter<'_> {
+        UserIter::new(self.out(), Direction::Source)
+    }
+
+    /// The memory that the device writes, without the last byte: that is the status.
+    #[inline]
+    pub(crate) fn writable(&self) -> UserIter<'_> {
+        UserIter::new(self.input(), Direction::Destination)
+    }
+
+    /// The locked virtqueue.
+    #[inline]
+    pub(crate) fn guard(&self) -> &VirtqueueGuard<'a, T> {
+        self.guard
+    }
+
+    /// The first bio of its request: see [`VirtqueueGuard::new_bio`].
+    #[inline]
+    pub(crate) fn new_bio(&self, op: Op, sector: u64, pages: usize) -> Option<Bio<'a, Building>> {
+        self.guard.new_bio(op, sector, pages, true)
+    }
+
+    /// Gives the chain back to the ring: it is the next one to be fetched.
+    pub(crate) fn discard(mut self) {
+        self.ended = true;
+        self.guard.discard(self.descriptors);
+    }
+
+    /// Completes the chain's request at once: see [`VirtqueueGuard::complete`].
+    ///
+    /// `None` breaks the ring: the chain has no byte for a status.
+    #[inline]
+    pub(crate) fn complete(mut self, status: u8, written: usize) -> Option<()> {
+        let completion = self.completion()?;
+        self.ended = true;
+        self.guard.complete(completion, status, written);
+        Some(())
+    }
+
+    // Each caller ends the chain, so that there is one completion of it.
+    #[inline]
+    fn completion(&mut self) -> Option<Completion> {
+        Some(Completion {
+            head: self.head,
+            status: self.status.take()?,
+            writable_len: iov::total(self.input()),
+        })
+    }
+
+    /// Claims the slot of the chain's head for the request that `request` makes of its completion.
+    /// Gives back the locked virtqueue, too.
+    ///
+    /// With `outcomes`, nothing is to be done for the request at its end but that. It may then end
+    /// without [`VirtqueueGuard::next_completed`] returning it.
+    ///
+    /// `None` breaks the ring: the head is in flight already, or the chain has no byte for a status.
+    #[inline]
+    pub(crate) fn claim(
+        mut self,
+        outcomes: Option<Outcomes>,
+        request: impl FnOnce(Completion) -> T::Request,
+    ) -> Option<(&'n mut VirtqueueGuard<'a, T>, Request<'a, T>)> {
+        let completion = self.completion()?;
+        let direct = outcomes.and_then(|outcomes| self.direct(&completion, &outcomes));
+        let request = self
+            .guard
+            .claim(self.head, request(completion), direct)
+            .ok()?;
+        let chain = ManuallyDrop::new(self);
+        // SAFETY: The chain is not used again, nor dropped, so the reference is not duplicated.
+        let guard = unsafe { core::ptr::read(&chain.guard) };
+        Some((guard, request))
+    }
+
+    /// How to complete the request without the worker; `None` if the worker has to, or will be at
+    /// work when the disk is done.
+    #[inline]
+    fn direct(&self, completion: &Completion, outcomes: &Outcomes) -> Option<Direct> {
+        if !self.guard.completes_directly() {
+            return None;
+        }
+        let entry = |written| {
+            let len = completion.used_len(written);
+            self.guard.used_element(completion.head, len)
+        };
+        Some(Direct {
+            status: completion.status.pin()?,
+            ok: (outcomes.ok.0, entry(outcomes.ok.1)),
+            failed: (outcomes.failed.0, entry(outcomes.failed.1)),
+        })
+    }
+}
+
+/// What a request's end says: the status byte, and how many bytes were written as in
+/// [`VirtqueueGuard::complete`].
+pub(crate) struct Outcomes {
+    /// If all goes well.
+    pub(crate) ok: (u8, usize),
+    /// If a bio failed.
+    pub(crate) failed: (u8, usize),
+}
+
+impl<T: Operations> Drop for DescChain<'_, '_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.ended {
+            self.guard.set_broken();
+        }
+    }
+}
+
+/// The right to complete a request, once: see [`VirtqueueGuard::complete`].
+///
+/// # Invariants
+///
+/// There is one for each chain that was fetched and not given back, and was not completed; and one, out
+/// of reach, in a slot whose request was completed without the worker, until it is claimed again.
+#[must_use = "a request that is not completed keeps the guest waiting"]
+pub(crate) struct Completion {
+    head: u16,
+    status: StatusByte,
+    writable_len: usize,
+}
+
+impl Completion {
+    /// What its used entry says was written: the status too, if nothing before it was left out.
+    /// (Virtio 1.3, 2.7.8.)
+    #[inline]
+    fn used_len(&self, written: usize) -> u32 {
+        let used_len = if written >= self.writable_len {
+            self.writable_len.saturating_add(1)
+        } else {
+            written
+        };
+        used_len.try_into().unwrap_or(u32::MAX)
+    }
+
+    /// Writes the status byte. Returns the chain's head and the length of its used entry.
+    ///
+    /// # Errors
+    ///
+    /// The head, if the byte cannot be written.
+    #[inline]
+    pub(super) fn write_status(self, status: u8, written: usize) -> Result<(u16, u32), u16> {
+        let (head, used_len) = (self.head, self.used_len(written));
+        match self.status.write(status) {
+            Ok(()) => Ok((head, used_len)),
+            Err(_) => Err(head),
+        }
+    }
+}

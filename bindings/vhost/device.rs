@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A vhost device: its virtqueues, its owner, its workers.
+//!
+//! C header: `drivers/vhost/vhost.h`.
+
+use super::{
+    completion::Wait,
+    virtqueue::{
+        Operations,
+        Virtqueue,
+        MAX_USED, //
+    },
+};
+use crate::bindings::raw;
+use core::{
+    mem::size_of,
+    pin::Pin, //
+};
+use kernel::{
+    alloc::VBox,
+    error::to_result,
+    prelude::*,
+    sync::lock::{
+        mutex::MutexBackend,
+        Guard,
+        Lock, //
+    },
+    types::Opaque, //
+};
+
+/// How long a drain waits before it says what it waits for, in milliseconds.
+const DRAIN_WARNING_MS: u32 = 10_000;
+
+/// A vhost device with its virtqueues; `struct vhost_dev`.
+///
+/// # Invariants
+///
+/// `raw` is initialised with `vqs`, an array of pointers to the C part of each of `virtqueues`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Device<T: Operations> {
+    #[pin]
+    raw: Opaque<raw::vhost_dev>,
+    vqs: KVec<*mut raw::vhost_virtqueue>,
+    virtqueues: KVec<Pin<VBox<Virtqueue<T>>>>,
+}
+
+// SAFETY: A `struct vhost_dev` may be used by any thread, and does its own locking.
+unsafe impl<T: Operations> Send for Device<T> {}
+// SAFETY: As above; virtqueues are `Sync`.
+unsafe impl<T: Operations> Sync for Device<T> {}
+
+impl<T: Operations> Device<T> {
+    /// Bytes of memory of an open device, its virtqueues apart.
+    pub(crate) const BYTES: usize = size_of::<Self>();
+
+    /// A device with a virtqueue for each of `data`. A worker does at most `weight` requests and
+    /// `byte_weight` bytes of a virtqueue in one turn.
+    pub(crate) fn new(
+        data: impl Iterator<Item = Result<T>>,
+        weight: i32,
+        byte_weight: i32,
+    ) -> impl PinInit<Self, Error> {
+        let virtqueues = Self::virtqueues_of(data);
+
+        pin_init::pin_init_scope(move || {
+            let (virtqueues, mut vqs) = virtqueues?;
+            let count = vqs.len() as i32;
+            let pointers = vqs.as_mut_ptr();
+
+            Ok(try_pin_init!(Self {
+                // SAFETY: `raw` is memory for a `struct vhost_dev`. The virtqueues are pinned, set
+                // up by `Virtqueue::new()`, and live as long as the device, as does the array.
+                raw <- Opaque::ffi_init(move |raw: *mut raw::vhost_dev| unsafe {
+                    raw.write_bytes(0, 1);
+                    raw::vhost_dev_init(
+                        raw,
+                        pointers,
+                        count,
+                        MAX_USED as i32,
+                        weight,
+                        byte_weight,
+                        true,
+                        Some(no_iotlb),
+                    );
+                }),
+                vqs,
+                virtqueues,
+            }? Error))
+        })
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn virtqueues_of(
+        data: impl Iterator<Item = Result<T>>,
+    ) -> Result<(
+        KVec<Pin<VBox<Virtqueue<T>>>>,
+        KVec<*mut raw::vhost_virtqueue>,
+    )> {
+        let mut virtqueues = KVec::new();
+        let mut vqs = KVec::new();
+
+        for data in data {
+            let virtqueue = VBox::pin_init(Virtqueue::new(data?), GFP_KERNEL_ACCOUNT)?;
+            vqs.push(virtqueue.as_raw(), GFP_KERNEL_ACCOUNT)?;
+            virtqueues.push(virtqueue, GFP_KERNEL_ACCOUNT)?;
+        }
+        Ok((virtqueues, vqs))
+    }
+
+    /// Takes the device's mutex. Context: may sleep, as long as another ioctl takes.
+    pub(crate) fn lock(&self) -> DeviceGuard<'_, T> {
+        // SAFETY: By the type invariant the device, and so its mutex, is initialised.
+        let mutex: &Lock<(), MutexBackend> =
+            unsafe { Lock::from_raw(&raw mut (*self.raw.get()).mutex) };
+        DeviceGuard {
+            device: self,
+            _guard: mutex.lock(),
+        }
+    }
+
+    /// How many virtqueues it has.
+    pub(crate) fn virtqueue_count(&self) -> usize {
+        self.virtqueues.len()
+    }
+
+    /// The C device.
+    pub(in crate::bindings) fn as_raw(&self) -> *mut raw::vhost_dev {
+        self.raw.get()
+    }
+
+    /// Stops all virtqueues and waits until no request of any is in flight.
+    ///
+    /// With `abandon` nothing is written to the owner's memory any more. Without, requests are
+    /// completed, but if the task is killed the rest is abandoned: nobody is left who wants it.
+    ///
+    /// Returns when `end_io` is done with the virtqueues, and with nothing queued for the workers.
+    fn stop(&self, mut abandon: bool) {
+        let mut any = false;
+        for vq in &self.virtqueues {
+            let mut guard = vq.lock();
+            any |= guard.is_running() || !guard.is_idle();
+            guard.stop();
+        }
+        if !any {
+            return;
+        }
+        for (index, vq) in self.virtqueues.iter().enumerate() {
+            abandon = Self::drain(index, vq, abandon);
+        }
+        // SAFETY: No lock is held that a read-side critical section or a worker waits for. The last
+        // request may have been taken while `end_io`, which handed it over, still looks at the
+        // list: hence the grace period. The core attaches other workers to a stopped virtqueue as
+        // if it had nothing queued: hence the flush.
+        unsafe {
+            raw::synchronize_rcu();
+            raw::vhost_dev_flush(self.as_raw());
+        }
+    }
+
+    /// Waits until no request of a stopped virtqueue is in flight. Returns whether it abandoned some.
+    fn drain(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> bool {
+        vq.completions().set_waiting(true);
+        loop {
+            let mut guard = vq.lock_as(true);
+            if abandon {
+                guard.abandon();
+            } else {
+                T::handle_completions(&mut guard);
+            }
+            if guard.is_idle() {
+                guard.release_backend();
+                break;
+            }
+            let in_flight = guard.in_flight();
+            drop(guard);
+
+            match vq.completions().wait(DRAIN_WARNING_MS, !abandon) {
+                Wait::Woken => (),
+                Wait::Killed => abandon = true,
+                Wait::TimedOut => pr_warn!(
+                    "stopping virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
+                ),
+            }
+        }
+        vq.completions().set_waiting(false);
+        abandon
+    }
+}
+
+/// There is no device IOTLB. Without this the core would lock all virtqueues before it finds out.
+extern "C" fn no_iotlb(
+    _: *mut raw::vhost_dev,
+    _: u32,
+    _: *mut raw::vhost_iotlb_msg,
+) -> kernel::ffi::c_int {
+    EFAULT.to_errno()
+}
+
+#[pinned_drop]
+impl<T: Operations> PinnedDrop for Device<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // The owner's address space may be gone.
+        self.stop(true);
+        // SAFETY: The device is initialised. Nothing is in flight, so nobody queues work any more
+        // once the eventfds are not polled; then the workers are flushed and freed.
+        unsafe {
+            raw::vhost_dev_stop(self.as_raw());
+            raw::vhost_dev_cleanup(self.as_raw());
+        }
+    }
+}
+
+/// A device whose mutex is held, the owner's ioctls' context.
+pub(crate) struct DeviceGuard<'a, T: Operations> {
+    device: &'a Device<T>,
+    _guard: Guard<'a, (), MutexBackend>,
+}
+
+impl<'a, T: Operations> DeviceGuard<'a, T> {
+    /// The virtqueues, by index.
+    pub(crate) fn virtqueues(&self) -> impl Iterator<Item = &'a Virtqueue<T>> {
+        self.device.virtqueues.iter().map(|vq| &**vq)
+    }
+
+    /// Whether the calling task is of the owner's address space.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if not, or if there is no owner.
+    pub(crate) fn check_owner(&self) -> Result {
+        // SAFETY: The device is initialised and its mutex held.
+        unsafe {
+            if !raw::vhost_dev_has_owner(self.device.as_raw()) {
+                return Err(EPERM);
+            }
+            to_result(raw::vhost_dev_check_owner(self.device.as_raw()) as i32)
+        }
+    }
+
+    /// Stops all virtqueues and waits until their requests are complete, used entries written.
+    ///
+    /// Context: a task of the owner's; may sleep as long as the disk takes.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if the caller is not the owner.
+    pub(crate) fn stop(&self) -> Result {
+        self.check_owner()?;
+        self.device.stop(false);
+        Ok(())
+    }
+
+    /// Takes the device from its owner, rings and features reset. It must be stopped.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if the caller is not the owner, `EBUSY` if a backend runs, `ENOMEM`.
+    pub(crate) fn reset_owner(&self) -> Result {
+        self.check_owner()?;
+        for vq in self.virtqueues() {
+            let guard = vq.lock();
+            if guard.is_running() || !guard.is_idle() {
+                return Err(EBUSY);
+            }
+        }
+        // SAFETY: The device is initialised, its mutex held, and nothing is in flight.
+        unsafe {
+            let memory = raw::vhost_dev_reset_owner_prepare();
+            if memory.is_null() {
+                return Err(ENOMEM);
+            }
+            raw::vhost_dev_stop(self.device.as_raw());
+            raw::vhost_dev_reset_owner(self.device.as_raw(), memory);
+        }
+        Ok(())
+    }
+
+    /// The ioctls that the vhost core knows: of devices, then of virtqueues.
+    ///
+    /// # Errors
+    ///
+    /// Those of `vhost_dev_ioctl()` and `vhost_vring_ioctl()`; `ENOTTY` if neither knows `cmd`.
+    pub(crate) fn core_ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        let raw = self.device.as_raw();
+        let argp = arg as *mut kernel::ffi::c_void;
+        // SAFETY: The device is initialised and its mutex held. The core checks `argp`.
+        let mut result = unsafe { raw::vhost_dev_ioctl(raw, cmd, argp) };
+        if result == ENOIOCTLCMD {
+            // SAFETY: As above.
+            result = unsafe { raw::vhost_vring_ioctl(raw, cmd, argp) };
+        }
+        from_long(result)
+    }
+
+    /// The core's ioctls for workers.
+    ///
+    /// # Errors
+    ///
+    /// Those of `vhost_worker_ioctl()`.
+    pub(crate) fn worker_ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        // SAFETY: The device is initialised and its mutex held. The core checks the argument.
+        from_long(unsafe {
+            raw::vhost_worker_ioctl(self.device.as_raw(), cmd, arg as *mut kernel::ffi::c_void)
+        })
+    }
+}
+
+/// `-ENOIOCTLCMD` of `include/linux/errno.h`, which user space never sees.
+const ENOIOCTLCMD: kernel::ffi::c_long = -515;
+
+fn from_long(result: kernel::ffi::c_long) -> Result<isize> {
+    if result == ENOIOCTLCMD {
+        return Err(ENOTTY);
+    }
+    if result < 0 {
+        // CAST: An errno fits.
+        to_result(result as i32)?;
+    }
+    Ok(result)
+}

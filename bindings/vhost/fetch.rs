@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The state of a virtqueue in which chains are fetched.
+
+use super::{
+    chain::DescChain,
+    virtqueue::{
+        Operations,
+        VirtqueueGuard, //
+    },
+};
+
+/// Why no chain could be fetched.
+pub(crate) enum FetchError {
+    /// An address is not in the device IOTLB yet: requeue.
+    Again,
+    /// The guest broke the ring. The core has signalled the error eventfd.
+    Broken,
+}
+
+/// What [`NotifyDisabled::enable`] found.
+pub(crate) enum Idle<N> {
+    /// Nothing: the guest kicks when it adds buffers.
+    Yes,
+    /// Buffers that came meanwhile; notifications are off again.
+    No(N),
+}
+
+/// A locked virtqueue whose guest was told not to kick, the only state in which the core fetches.
+///
+/// It is left by [`NotifyDisabled::enable`], when nothing is left to fetch, or by
+/// [`NotifyDisabled::requeue`], [`NotifyDisabled::wait_for_completion`] or
+/// [`NotifyDisabled::wait_for_iotlb`], when something is.
+///
+#[must_use = "the guest does not kick until it is told to"]
+pub(crate) struct NotifyDisabled<'g, 'a, T: Operations> {
+    guard: &'g mut VirtqueueGuard<'a, T>,
+}
+
+impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
+    /// A virtqueue whose notifications were just switched off.
+    #[inline]
+    pub(super) fn new(guard: &'g mut VirtqueueGuard<'a, T>) -> Self {
+        Self { guard }
+    }
+
+    /// The guard, to complete requests in between.
+    #[inline]
+    pub(crate) fn guard(&mut self) -> &mut VirtqueueGuard<'a, T> {
+        self.guard
+    }
+
+    /// Fetches the next descriptor chain, if there is one. A head that is in flight already breaks
+    /// the ring.
+    ///
+    /// # Errors
+    ///
+    /// See [`FetchError`].
+    #[inline]
+    pub(crate) fn next_chain(&mut self) -> Result<Option<DescChain<'_, 'a, T>>, FetchError> {
+        let Some((head, out_num, in_num, descriptors)) = self.guard.fetch()? else {
+            return Ok(None);
+        };
+        let chain = DescChain::new(self.guard, head, out_num, in_num, descriptors);
+        Ok(Some(chain))
+    }
+
+    /// Lets the guest kick again, unless it added buffers meanwhile.
+    #[inline]
+    pub(crate) fn enable(self) -> Idle<Self> {
+        if self.guard.enable_notify() {
+            // Fetching switches them off again.
+            Idle::No(self)
+        } else {
+            Idle::Yes
+        }
+    }
+
+    /// Leaves notifications off and lets the worker come back, after what else it has to do.
+    pub(crate) fn requeue(self) {
+        self.guard.poll();
+    }
+
+    /// Whether the worker has done enough for one turn.
+    #[inline]
+    pub(crate) fn exceeds_weight(&self, requests: usize, bytes: usize) -> bool {
+        self.guard.exceeds_weight(requests, bytes)
+    }
+
+    /// Leaves notifications off after [`FetchError::Again`]: the core lets the worker come back when
+    /// the device IOTLB has the address.
+    pub(crate) fn wait_for_iotlb(self) {}
+
+    /// Leaves notifications off. If a request is in flight, its completion has to lead back here:
+    /// then this returns true. Otherwise the worker is let come back.
+    pub(crate) fn wait_for_completion(self) -> bool {
+        let waits = self.guard.wait_for_completion();
+        if !waits {
+            self.requeue();
+        }
+        waits
+    }
+}

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The vhost core: a device, its virtqueues, and what completes their requests.
+//!
+//! C header: `drivers/vhost/vhost.h`, of the kernel that the module is built for.
+
+mod chain;
+mod completion;
+mod device;
+mod fetch;
+mod request;
+mod used_ring;
+mod virtqueue;
+
+pub(crate) use chain::{Completion, DescChain, Outcomes};
+pub(crate) use completion::CompletionList;
+pub(crate) use device::{Device, DeviceGuard};
+pub(crate) use fetch::{FetchError, Idle, NotifyDisabled};
+pub(crate) use request::Request;
+pub(crate) use used_ring::EventFd;
+pub(crate) use virtqueue::{Operations, Virtqueue, VirtqueueGuard, MAX_QUEUE_SIZE};

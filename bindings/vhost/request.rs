@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A request that has a slot of its virtqueue, from its descriptor chain to its completion.
+
+use super::{
+    used_ring::UsedRing,
+    virtqueue::{
+        Operations,
+        Virtqueue,
+        VirtqueueGuard, //
+    },
+};
+use crate::bindings::{
+    block::{
+        Bio,
+        Building,
+        Finished,
+        PendingBios, //
+    },
+    pages::PinnedByte,
+    raw,
+};
+use core::cell::UnsafeCell;
+use kernel::sync::atomic::{
+    ordering,
+    Atomic, //
+};
+
+/// Whose a slot is.
+#[derive(Copy, Clone, PartialEq, Eq)]
+#[repr(i32)]
+pub(super) enum Owner {
+    /// Nobody's: it can be claimed.
+    Nobody = 0,
+    /// A [`Request`]'s, or the virtqueue's list of deferred requests'.
+    Request = 1,
+    /// The block layer's, or the completion list's.
+    InFlight = 2,
+}
+
+/// How a request is completed without the worker, in the context of the end of its last bio.
+pub(super) struct Direct {
+    pub(super) status: PinnedByte,
+    /// The status byte and the used entry if all goes well, and if a bio failed.
+    pub(super) ok: (u8, raw::vring_used_elem),
+    pub(super) failed: (u8, raw::vring_used_elem),
+}
+
+/// The part of a [`Slot`] that the end of a bio needs.
+#[repr(C)]
+pub(super) struct SlotHead {
+    /// First, so that its node leads to the slot.
+    pub(super) bios: PendingBios,
+    owner: Atomic<i32>,
+    /// The slot's owner's.
+    direct: UnsafeCell<Option<Direct>>,
+}
+
+impl SlotHead {
+    #[inline]
+    pub(super) fn is(&self, owner: Owner) -> bool {
+        self.owner.load(ordering::Acquire) == owner as i32
+    }
+
+    #[inline]
+    fn pass_to(&self, owner: Owner) {
+        self.owner.store(owner as i32, ordering::Release);
+    }
+
+    /// The head of the slot of a node that [`PendingBios`] handed over.
+    ///
+    /// # Safety
+    ///
+    /// `node` must be the node of the bios of a slot.
+    #[inline]
+    unsafe fn from_node<'a>(node: *mut raw::llist_node) -> &'a Self {
+        // SAFETY: The node is the first field of the bios, which are the first of the head; both
+        // types are `repr(C)`.
+        unsafe { &*node.cast::<Self>() }
+    }
+
+    /// Completes the request of a node on `ring` and frees its slot, if that can be done in any
+    /// context. Returns whether it was done: then the slot may be claimed again already.
+    ///
+    /// Context: any.
+    ///
+    /// # Safety
+    ///
+    /// `node` must be the node of the bios of a slot whose owner is [`Owner::InFlight`] and whose bios
+    /// are done, and the caller the only one to know of it.
+    #[inline]
+    pub(super) unsafe fn complete(node: *mut raw::llist_node, ring: &UsedRing) -> bool {
+        if !ring.is_mapped() {
+            return false;
+        }
+        // SAFETY: The caller promises what is said of `node`.
+        let slot = unsafe { Self::from_node(node) };
+        // SAFETY: The caller is the only one to know of the slot.
+        let Some(direct) = (unsafe { (*slot.direct.get()).take() }) else {
+            return false;
+        };
+        let (status, entry) = if slot.bios.error() {
+            direct.failed
+        } else {
+            direct.ok
+        };
+        // The worker writes the same byte if it has to take over.
+        direct.status.write(status);
+        // SAFETY: As above.
+        if !direct.status.is_dirty() || !unsafe { slot.bios.release() } {
+            return false;
+        }
+        ring.complete(|rings| {
+            rings.push(&entry);
+            // Before the guest sees the entry, since it may post the same head again at once.
+            slot.pass_to(Owner::Nobody);
+        })
+        .is_some()
+    }
+}
+
+/// Room for one request. A ring has as many as descriptors; a chain's slot is that of its head.
+///
+/// # Invariants
+///
+/// `request` is initialised while the owner is not [`Owner::Nobody`]. What [`SlotHead::complete`]
+/// leaves there is out of reach, and dropped when the slot is claimed again.
+#[repr(C)]
+pub(super) struct Slot<R> {
+    /// First, so that a node leads to the slot.
+    head: SlotHead,
+    request: UnsafeCell<Option<R>>,
+}
+
+impl<R> core::ops::Deref for Slot<R> {
+    type Target = SlotHead;
+
+    #[inline]
+    fn deref(&self) -> &SlotHead {
+        &self.head
+    }
+}
+
+impl<R> Slot<R> {
+    /// A free slot.
+    pub(super) fn new(bios: PendingBios) -> Self {
+        Self {
+            head: SlotHead {
+                bios,
+                owner: Atomic::new(Owner::Nobody as i32),
+                direct: UnsafeCell::new(None),
+            },
+            request: UnsafeCell::new(None),
+        }
+    }
+
+    /// The slot of a node that [`PendingBios`] put in a list.
+    ///
+    /// # Safety
+    ///
+    /// `node` must be the node of the bios of a `Slot<R>`.
+    #[inline]
+    pub(super) unsafe fn from_node<'a>(node: *mut raw::llist_node) -> &'a Self {
+        // SAFETY: The node is the first field of the bios, which are the first of the head, which is
+        // the first of the slot; all are `repr(C)`.
+        unsafe { &*node.cast::<Self>() }
+    }
+}
+
+/// A request in its slot, with its bios, owned by whoever works on it.
+///
+/// It ends in [`Request::submit`], [`Request::finish`] or [`VirtqueueGuard::defer`]. One that is
+/// just dropped fails: it goes to the completion list with an error.
+///
+/// # Invariants
+///
+/// The slot is one of `vq`'s, its owner is [`Owner::Request`], and this is the only object for it.
+#[must_use = "a request that is dropped fails"]
+pub(crate) struct Request<'a, T: Operations> {
+    vq: &'a Virtqueue<T>,
+    slot: &'a Slot<T::Request>,
+}
+
+impl<'a, T: Operations> Request<'a, T> {
+    /// Claims a free slot. With `direct`, the request may be completed without
+    /// [`VirtqueueGuard::next_completed`] returning it.
+    ///
+    /// Returns `request` back if the slot is taken.
+    ///
+    /// # Safety
+    ///
+    /// `slot` must be one of `vq`'s, and the caller hold its mutex.
+    #[inline]
+    pub(super) unsafe fn claim(
+        vq: &'a Virtqueue<T>,
+        slot: &'a Slot<T::Request>,
+        request: T::Request,
+        direct: Option<Direct>,
+    ) -> Result<Self, T::Request> {
+        if !slot.is(Owner::Nobody) {
+            return Err(request);
+        }
+        // SAFETY: The slot is nobody's, and slots are claimed with the mutex held.
+        unsafe {
+            *slot.request.get() = Some(request);
+            *slot.direct.get() = direct;
+        }
+        slot.bios.set_error(false);
+        slot.pass_to(Owner::Request);
+        // INVARIANT: The slot was just claimed.
+        Ok(Self { vq, slot })
+    }
+
+    /// Takes over a slot that came from the completion list or the list of deferred requests.
+    ///
+    /// # Safety
+    ///
+    /// `slot` must be one of `vq`'s, just taken from one of these lists.
+    #[inline]
+    pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
+        slot.pass_to(Owner::Request);
+        // INVARIANT: Whatever is in a list is in it once, and had no object.
+        Self { vq, slot }
+    }
+
+    /// The virtqueue that it is of.
+    pub(super) fn virtqueue(&self) -> &Virtqueue<T> {
+        self.vq
+    }
+
+    /// Gives up the object, not the slot.
+    pub(super) fn into_slot(self) -> &'a Slot<T::Request> {
+        let slot = self.slot;
+        core::mem::forget(self);
+        slot
+    }
+
+    /// What the driver keeps of the request.
+    #[inline]
+    pub(crate) fn data(&mut self) -> &mut T::Request {
+        // SAFETY: By the type invariant the slot is claimed, and this is the only object for it.
+        match unsafe { &mut *self.slot.request.get() } {
+            Some(request) => request,
+            // SAFETY: By the slot's invariant it is initialised until `finish()`, which takes
+            // `self`.
+            None => unsafe { core::hint::unreachable_unchecked() },
+        }
+    }
+
+    /// Whether one of its bios failed.
+    #[inline]
+    pub(crate) fn failed(&self) -> bool {
+        self.slot.bios.error()
+    }
+
+    /// Makes the request one that failed.
+    pub(crate) fn fail(&self) {
+        self.slot.bios.set_error(true);
+    }
+
+    /// Adds a bio, to be submitted after those that were added before.
+    ///
+    /// One that was made for another virtqueue or backend fails the request instead.
+    #[inline]
+    pub(crate) fn add(&mut self, guard: &VirtqueueGuard<'_, T>, bio: Bio<'_, Building>) {
+        let fits = guard.is_of(self.vq) && guard.backend().is_some_and(|device| bio.is_on(device));
+        if fits {
+            // SAFETY: By the type invariant the slot's bios are ours.
+            unsafe { self.slot.bios.add(bio) };
+        } else {
+            self.fail();
+        }
+    }
+
+    /// Takes the next finished bio, in the order in which they were added. Its pages are released
+    /// when it is dropped.
+    #[inline]
+    pub(crate) fn take_bio(&mut self) -> Option<Bio<'a, Finished>> {
+        // SAFETY: By the type invariant the slot's bios are ours.
+        unsafe { self.slot.bios.take() }
+    }
+
+    /// Submits all its bios. When the last one is done, the request comes out of
+    /// [`VirtqueueGuard::next_completed`], or was completed without; that may be before this returns.
+    #[inline]
+    pub(crate) fn submit(self) {
+        let slot = self.into_slot();
+        slot.pass_to(Owner::InFlight);
+        // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
+        // on the virtqueue's backend, which stays open while slots have an owner.
+        unsafe { slot.bios.submit() };
+    }
+
+    /// Ends the request and frees its slot.
+    #[inline]
+    pub(crate) fn finish(mut self) -> T::Request {
+        while self.take_bio().is_some() {}
+        let slot = self.into_slot();
+        // SAFETY: The object is given up, so nobody else has the slot.
+        let request = unsafe {
+            *slot.direct.get() = None;
+            (*slot.request.get()).take()
+        };
+        slot.pass_to(Owner::Nobody);
+        match request {
+            Some(request) => request,
+            // SAFETY: By the slot's invariant it was initialised since it was claimed.
+            None => unsafe { core::hint::unreachable_unchecked() },
+        }
+    }
+}
+
+impl<T: Operations> Drop for Request<'_, T> {
+    fn drop(&mut self) {
+        // Unsubmitted bios are released, and the request completes with an error.
+        while self.take_bio().is_some() {}
+        self.slot.bios.set_error(true);
+        self.slot.pass_to(Owner::InFlight);
+        // SAFETY: The object is at its end, so nobody else has the slot's bios; there are none.
+        unsafe { self.slot.bios.submit() };
+    }
+}

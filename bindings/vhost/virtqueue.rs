@@ -1,0 +1,837 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtqueue, the guard that its mutex is behind, and the state in which chains are fetched.
+//!
+//! C header: `drivers/vhost/vhost.h`.
+
+use super::{
+    chain::Completion,
+    completion::CompletionList,
+    fetch::{
+        FetchError,
+        NotifyDisabled, //
+    },
+    request::{
+        Direct,
+        Owner,
+        Request,
+        Slot, //
+    },
+    used_ring::{
+        EventFd,
+        Layout,
+        Rings, //
+    },
+};
+use crate::bindings::{
+    block::{
+        Bio,
+        BioSet,
+        BlockDevice,
+        Building,
+        Op,
+        PendingBios, //
+    },
+    iov::IoVec,
+    raw,
+    uapi, //
+};
+use core::{
+    cell::UnsafeCell,
+    mem::size_of,
+    pin::Pin, //
+};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    sync::{
+        lock::{
+            mutex::MutexBackend,
+            Guard,
+            Lock, //
+        },
+        Arc, //
+    },
+    types::Opaque, //
+};
+
+/// Descriptors of the largest ring.
+pub(crate) const MAX_QUEUE_SIZE: u32 = 1024;
+
+/// Stretches of memory that a chain may have. A chain of a ring's full length fits, with room for
+/// descriptors that cross from one region of the guest's memory to the next.
+const MAX_IOVECS: usize = MAX_QUEUE_SIZE as usize + 256;
+
+/// Elements of the core's array for used entries: what a device passes as `iov_limit`.
+pub(super) const MAX_USED: usize = 256;
+
+/// What a driver does with its virtqueues.
+pub(crate) trait Operations: Sized + Send + 'static {
+    /// What the driver keeps of each request in its slot.
+    type Request: Send + 'static;
+
+    /// Called in the virtqueue's worker when the guest added buffers.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    fn handle_kick(vq: &Virtqueue<Self>);
+
+    /// Completes the requests that are done. Called by whoever stops the device.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    fn handle_completions(guard: &mut VirtqueueGuard<'_, Self>);
+
+    /// Called in the virtqueue's worker when requests are done: completes them, and does what waited
+    /// for that.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    fn handle_completion_work(vq: &Virtqueue<Self>);
+}
+
+/// What the mutex of a virtqueue protects.
+struct Inner<T: Operations> {
+    data: T,
+    /// The backend, from the start until the last request of it is complete.
+    backend: Option<Arc<BlockDevice>>,
+    /// One slot for each descriptor.
+    slots: VVec<Slot<T::Request>>,
+    /// Memory of the chain that is being looked at.
+    iovecs: VVec<IoVec>,
+    /// Entries of the core's `heads` that wait for [`VirtqueueGuard::signal_used`].
+    used: usize,
+    /// The guest broke the ring: nothing is fetched until the next start.
+    broken: bool,
+    /// Requests that came from the completion list and were not handed out yet.
+    completed: *mut raw::llist_node,
+    /// Requests that wait for memory.
+    deferred: *mut raw::llist_node,
+    /// Nobody is left to tell of completions: only [`VirtqueueGuard::abandon`] takes requests.
+    abandoned: bool,
+    /// The rings are to be mapped, so that requests can be completed without the worker.
+    direct: bool,
+}
+
+/// A virtqueue, with `T` as the driver's data; `struct vhost_virtqueue`.
+///
+/// # Invariants
+///
+/// - `raw` is part of a `struct vhost_dev` from that one's initialisation on.
+/// - `inner` is accessed with `raw.mutex` held, or exclusively.
+/// - All slots' requests belong to this virtqueue; while one is in flight neither `inner.slots` nor
+///   `inner.backend` changes.
+#[pin_data]
+#[repr(C)]
+pub(crate) struct Virtqueue<T: Operations> {
+    #[pin]
+    raw: Opaque<raw::vhost_virtqueue>,
+    #[pin]
+    completions: CompletionList,
+    #[pin]
+    bios: BioSet,
+    inner: UnsafeCell<Inner<T>>,
+}
+
+// SAFETY: Everything in it may be used by any thread: the core does its own locking, `T` and
+// `T::Request` are `Send`, and the nodes lead to slots of the virtqueue itself.
+unsafe impl<T: Operations> Send for Virtqueue<T> {}
+// SAFETY: As above; `inner` is behind the mutex.
+unsafe impl<T: Operations> Sync for Virtqueue<T> {}
+
+impl<T: Operations> Virtqueue<T> {
+    /// Bytes of memory of an open virtqueue, with what the core allocates for its owner and what
+    /// its first start allocates: all but the slots.
+    pub(crate) const BYTES: usize = size_of::<Self>().next_multiple_of(4096)
+        + size_of::<raw::iovec>() * raw::UIO_MAXIOV as usize
+        + MAX_USED
+            * (size_of::<raw::vhost_log>() + size_of::<raw::vring_used_elem>() + size_of::<u16>())
+        + size_of::<IoVec>() * MAX_IOVECS
+        + BioSet::RESERVE_BYTES;
+
+    /// Bytes of memory of each slot.
+    pub(crate) const SLOT_BYTES: usize = size_of::<Slot<T::Request>>();
+
+    /// A virtqueue that is not part of a device yet.
+    pub(super) fn new(data: T) -> impl PinInit<Self, Error> {
+        try_pin_init!(&this in Self {
+            raw <- Opaque::ffi_init(|raw: *mut raw::vhost_virtqueue| {
+                // SAFETY: `raw` is memory for a `struct vhost_virtqueue`, of which `vhost_dev_init()`
+                // reads only `handle_kick`.
+                unsafe {
+                    raw.write_bytes(0, 1);
+                    (*raw).handle_kick = Some(Self::kick_callback);
+                }
+            }),
+            // SAFETY: `raw` is at the start of the object that contains the list.
+            completions <- unsafe {
+                CompletionList::new(this.as_ptr().cast(), Self::completion_callback)
+            },
+            bios <- BioSet::new(),
+            inner: UnsafeCell::new(Inner {
+                data,
+                backend: None,
+                slots: VVec::new(),
+                iovecs: VVec::new(),
+                used: 0,
+                broken: false,
+                completed: core::ptr::null_mut(),
+                deferred: core::ptr::null_mut(),
+                abandoned: false,
+                direct: false,
+            }),
+        }? Error)
+    }
+
+    /// The C virtqueue.
+    #[inline]
+    pub(super) fn as_raw(&self) -> *mut raw::vhost_virtqueue {
+        self.raw.get()
+    }
+
+    /// The virtqueue that a C virtqueue is part of.
+    ///
+    /// # Safety
+    ///
+    /// `raw` must be that of a `Virtqueue<T>` that lives for `'a`.
+    unsafe fn from_raw<'a>(raw: *mut raw::vhost_virtqueue) -> &'a Self {
+        // SAFETY: It is the first field of a `repr(C)` type; the caller promises the rest.
+        unsafe { &*raw.cast::<Self>() }
+    }
+
+    /// Called by the core in the worker when the kick eventfd is signalled.
+    ///
+    /// # Safety
+    ///
+    /// `work` must be that of the poll structure of a `Virtqueue<T>`.
+    unsafe extern "C" fn kick_callback(work: *mut raw::vhost_work) {
+        let poll = kernel::container_of!(work, raw::vhost_poll, work);
+        // SAFETY: The work is part of a `struct vhost_poll`, whose `vq` `vhost_dev_init()` set. A
+        // device is not freed before its workers are.
+        T::handle_kick(unsafe { Self::from_raw((*poll).vq) });
+    }
+
+    /// Called by the core in the worker when the completion list filled.
+    ///
+    /// # Safety
+    ///
+    /// `work` must be that of the completion list of a `Virtqueue<T>`.
+    unsafe extern "C" fn completion_callback(work: *mut raw::vhost_work) {
+        // SAFETY: The caller promises that the work is part of a completion list, whose virtqueue is
+        // not freed before its device's workers are.
+        let vq = unsafe { Self::from_raw(CompletionList::virtqueue_of(work)) };
+        vq.completions.set_wanted(false);
+        T::handle_completion_work(vq);
+    }
+
+    /// Takes the virtqueue's mutex. Context: may sleep.
+    ///
+    /// Requests that complete meanwhile are looked for when the guard is dropped.
+    #[inline]
+    pub(crate) fn lock(&self) -> VirtqueueGuard<'_, T> {
+        self.lock_as(false)
+    }
+
+    /// Takes the mutex as one who waits for requests to complete, or as one who does not.
+    #[inline]
+    pub(super) fn lock_as(&self, waits: bool) -> VirtqueueGuard<'_, T> {
+        // SAFETY: By the type invariant the virtqueue, and so its mutex, is initialised.
+        let mutex: &Lock<(), MutexBackend> =
+            unsafe { Lock::from_raw(&raw mut (*self.raw.get()).mutex) };
+        let guard = mutex.lock();
+        // SAFETY: The mutex is held.
+        unsafe { self.completions.enter() };
+        VirtqueueGuard {
+            vq: self,
+            waits,
+            _guard: guard,
+        }
+    }
+
+    /// The list of completed requests.
+    pub(super) fn completions(&self) -> &CompletionList {
+        &self.completions
+    }
+
+    fn bios(&self) -> Pin<&BioSet> {
+        // SAFETY: A virtqueue is pinned from its initialisation on, and `bios` with it.
+        unsafe { Pin::new_unchecked(&self.bios) }
+    }
+}
+
+/// A virtqueue whose mutex is held.
+pub(crate) struct VirtqueueGuard<'a, T: Operations> {
+    vq: &'a Virtqueue<T>,
+    waits: bool,
+    _guard: Guard<'a, (), MutexBackend>,
+}
+
+impl<'a, T: Operations> VirtqueueGuard<'a, T> {
+    #[inline]
+    fn inner(&self) -> &Inner<T> {
+        // SAFETY: The mutex is held, and `self` borrowed.
+        unsafe { &*self.vq.inner.get() }
+    }
+
+    #[inline]
+    fn inner_mut(&mut self) -> &mut Inner<T> {
+        // SAFETY: The mutex is held, and `self` borrowed exclusively.
+        unsafe { &mut *self.vq.inner.get() }
+    }
+
+    /// Whether it guards `vq`.
+    #[inline]
+    pub(super) fn is_of(&self, vq: &Virtqueue<T>) -> bool {
+        core::ptr::eq(self.vq, vq)
+    }
+
+    /// The driver's data.
+    #[inline]
+    pub(crate) fn data(&self) -> &T {
+        &self.inner().data
+    }
+
+    /// The driver's data, to change it.
+    #[inline]
+    pub(crate) fn data_mut(&mut self) -> &mut T {
+        &mut self.inner_mut().data
+    }
+
+    /// Sets the features that the guest acknowledged.
+    pub(crate) fn set_features(&mut self, features: u64) {
+        // SAFETY: The mutex is held.
+        unsafe {
+            *(*self.vq.as_raw()).__bindgen_anon_1.acked_features.as_mut() = features;
+        }
+    }
+
+    /// The first 64 features that the guest acknowledged.
+    #[inline]
+    pub(crate) fn features(&self) -> u64 {
+        // SAFETY: The mutex is held. All members of the union are integers.
+        unsafe { *(*self.vq.as_raw()).__bindgen_anon_1.acked_features.as_ref() }
+    }
+
+    /// Whether the guest's structures are little-endian.
+    #[inline]
+    pub(crate) fn is_little_endian(&self) -> bool {
+        // SAFETY: The virtqueue is initialised.
+        unsafe { raw::rust_helper_vhost_is_little_endian(self.vq.as_raw()) }
+    }
+
+    /// Whether a backend runs.
+    #[inline]
+    pub(crate) fn is_running(&self) -> bool {
+        // SAFETY: The mutex is held.
+        unsafe { !(*self.vq.as_raw()).private_data.is_null() }
+    }
+
+    /// Whether the owner gave it rings, in memory that it can access.
+    pub(crate) fn is_set_up(&self) -> bool {
+        // SAFETY: The mutex is held, under which the core replaces the memory table before it frees
+        // the old one.
+        unsafe { raw::vhost_vq_is_setup(self.vq.as_raw()) }
+    }
+
+    /// Starts on `backend`: allocates the slots and lets the worker look at the ring. With `direct`,
+    /// requests may be completed without the worker.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a backend runs or requests are in flight, `EFAULT` if the rings are not
+    /// accessible, `EINVAL` if the ring is larger than [`MAX_QUEUE_SIZE`], `ENOMEM`.
+    pub(crate) fn start(&mut self, backend: Arc<BlockDevice>, direct: bool) -> Result {
+        if self.is_running() || !self.is_idle() {
+            return Err(EBUSY);
+        }
+        if !self.is_set_up() {
+            return Err(EFAULT);
+        }
+        // SAFETY: The mutex is held.
+        let num = unsafe { (*self.vq.as_raw()).num };
+        if num > MAX_QUEUE_SIZE {
+            return Err(EINVAL);
+        }
+
+        self.vq.bios().prepare()?;
+        // Whole pages, not powers of two.
+        let mut slots = VVec::with_capacity(num as usize, GFP_KERNEL_ACCOUNT)?;
+        for _ in 0..num {
+            // SAFETY: The list lives as long as the virtqueue that the slot is part of.
+            let bios = unsafe { PendingBios::new(&self.vq.completions) };
+            slots.push(Slot::new(bios), GFP_KERNEL_ACCOUNT)?;
+        }
+        let iovecs = VVec::from_elem(IoVec::EMPTY, MAX_IOVECS, GFP_KERNEL_ACCOUNT)?;
+
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held. The core takes any pointer but null for 'a backend runs'.
+        to_result(unsafe {
+            (*raw).private_data = raw.cast();
+            raw::vhost_vq_init_access(raw)
+        })
+        .inspect_err(|_| {
+            // SAFETY: The mutex is held.
+            unsafe { (*raw).private_data = core::ptr::null_mut() };
+        })?;
+
+        let inner = self.inner_mut();
+        // INVARIANT: No slot is in flight.
+        inner.slots = slots;
+        inner.iovecs = iovecs;
+        inner.backend = Some(backend);
+        inner.used = 0;
+        inner.broken = false;
+        inner.abandoned = false;
+        inner.direct = direct;
+        self.map_rings();
+
+        // The guest may have added buffers before there was a backend to look.
+        self.poll();
+        Ok(())
+    }
+
+    /// Stops: nothing is fetched any more. Requests in flight go on.
+    pub(crate) fn stop(&mut self) {
+        // SAFETY: The mutex is held.
+        unsafe { (*self.vq.as_raw()).private_data = core::ptr::null_mut() };
+    }
+
+    /// Whether no slot has an owner.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.inner().slots.iter().all(|slot| slot.is(Owner::Nobody))
+    }
+
+    /// How many slots have an owner.
+    pub(super) fn in_flight(&self) -> usize {
+        let slots = self.inner().slots.iter();
+        slots.filter(|slot| !slot.is(Owner::Nobody)).count()
+    }
+
+    /// Gives up the slots and the backend, after [`VirtqueueGuard::stop`]. Does nothing unless the
+    /// virtqueue is stopped and idle.
+    pub(crate) fn release_backend(&mut self) {
+        if self.is_running() || !self.is_idle() {
+            return;
+        }
+        let inner = self.inner_mut();
+        // INVARIANT: No slot is in flight.
+        inner.slots = VVec::new();
+        inner.iovecs = VVec::new();
+        inner.backend = None;
+        self.set_rings(None);
+    }
+
+    /// Maps the rings, if requests are to be completed without the worker. If that cannot be, the worker
+    /// completes them all.
+    fn map_rings(&mut self) {
+        if !self.inner().direct {
+            return;
+        }
+        let features = self.features();
+        // With that feature it matters what was fetched.
+        let notify_on_empty = features & (1 << uapi::feature::NOTIFY_ON_EMPTY) != 0;
+        // SAFETY: The mutex is held.
+        if notify_on_empty || unsafe { (*self.vq.as_raw()).log_used } {
+            self.set_rings(None);
+            return;
+        }
+        let little_endian = self.is_little_endian();
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held.
+        let layout = unsafe {
+            Layout {
+                used: (*raw).used.addr(),
+                avail: (*raw).avail.addr(),
+                num: (*raw).num as u16,
+                event_idx: features & (1 << uapi::feature::EVENT_IDX) != 0,
+                little_endian,
+            }
+        };
+        self.set_rings(Rings::new(layout).ok());
+    }
+
+    fn set_rings(&mut self, rings: Option<Rings>) {
+        let raw = self.vq.as_raw();
+        let used_ring = self.vq.completions.used_ring();
+        // SAFETY: The mutex is held, under which the core uses these fields.
+        unsafe {
+            (*raw).last_used_idx = used_ring.set_rings(rings, (*raw).last_used_idx);
+            (*raw).signalled_used_valid = false;
+        }
+    }
+
+    /// Follows a change of the rings' addresses or of the owner's memory, if a backend runs.
+    pub(crate) fn follow_memory(&mut self) {
+        if self.is_running() {
+            self.map_rings();
+        }
+    }
+
+    /// Follows a change of the call eventfd.
+    pub(crate) fn set_call(&mut self, call: Option<EventFd>) {
+        self.vq.completions.used_ring().set_call(call);
+    }
+
+    /// The backend, if one runs or requests of it are in flight.
+    #[inline]
+    pub(crate) fn backend(&self) -> Option<&BlockDevice> {
+        self.inner().backend.as_deref()
+    }
+
+    /// Lets the worker look at the ring, as if the guest had kicked.
+    pub(crate) fn poll(&self) {
+        // SAFETY: The virtqueue is initialised. Without a worker this does nothing.
+        unsafe { raw::vhost_poll_queue(&raw mut (*self.vq.as_raw()).poll) };
+    }
+
+    /// Lets the worker come back to [`Operations::handle_completion_work`], after what else it has to do.
+    pub(crate) fn requeue_completions(&self) {
+        self.vq.completions.call_consumer();
+    }
+
+    /// Marks the ring as broken: nothing is fetched until the next start. Signals the error
+    /// eventfd; nothing is logged.
+    pub(crate) fn set_broken(&mut self) {
+        let inner = self.inner_mut();
+        if inner.broken {
+            return;
+        }
+        inner.broken = true;
+        // SAFETY: The mutex is held, under which the core changes the context.
+        unsafe {
+            let context = (*self.vq.as_raw()).error_ctx;
+            if !context.is_null() {
+                raw::eventfd_signal_mask(context, 0);
+            }
+        }
+    }
+
+    /// Switches the guest's notifications off, which fetching needs. Returns `None` if nothing may
+    /// be fetched: no backend runs, or the ring is broken.
+    #[inline]
+    pub(crate) fn disable_notify(&mut self) -> Option<NotifyDisabled<'_, 'a, T>> {
+        if !self.is_running() || self.inner().broken {
+            return None;
+        }
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held; a backend runs, so the rings are set up.
+        unsafe { raw::vhost_disable_notify((*raw).dev, raw) };
+        Some(NotifyDisabled::new(self))
+    }
+
+    /// Takes the next request whose bios are done, oldest first.
+    #[inline]
+    pub(crate) fn next_completed(&mut self) -> Option<Request<'a, T>> {
+        if self.inner().abandoned {
+            return None;
+        }
+        self.take_completed()
+    }
+
+    #[inline]
+    fn take_completed(&mut self) -> Option<Request<'a, T>> {
+        let vq = self.vq;
+        let inner = self.inner_mut();
+        if inner.completed.is_null() {
+            // SAFETY: The mutex is held.
+            inner.completed = unsafe { vq.completions.take_all() };
+        }
+        Self::pop(vq, &mut inner.completed)
+    }
+
+    /// Puts a request aside that waits for memory, until [`VirtqueueGuard::next_deferred`].
+    ///
+    /// One of another virtqueue fails instead.
+    pub(crate) fn defer(&mut self, request: Request<'_, T>) {
+        if !self.is_of(request.virtqueue()) {
+            return;
+        }
+        let node = request.into_slot().bios.node();
+        let inner = self.inner_mut();
+        // SAFETY: The request's node is in no list while it has an object, which was given up.
+        unsafe { (*node).next = inner.deferred };
+        inner.deferred = node;
+    }
+
+    /// Takes a request that was put aside.
+    pub(crate) fn next_deferred(&mut self) -> Option<Request<'a, T>> {
+        if self.inner().abandoned {
+            return None;
+        }
+        self.take_deferred()
+    }
+
+    fn take_deferred(&mut self) -> Option<Request<'a, T>> {
+        let vq = self.vq;
+        Self::pop(vq, &mut self.inner_mut().deferred)
+    }
+
+    #[inline]
+    fn pop(vq: &'a Virtqueue<T>, list: &mut *mut raw::llist_node) -> Option<Request<'a, T>> {
+        let node = *list;
+        if node.is_null() {
+            return None;
+        }
+        // SAFETY: The lists hold nodes of slots of this virtqueue, each of which is read before its
+        // slot has an object that may change it.
+        unsafe {
+            *list = (*node).next;
+            Some(Request::resume(vq, Slot::from_node(node)))
+        }
+    }
+
+    /// A bio on the backend for up to `pages` pieces of pages, from `sector` on. `first` says that
+    /// its request has no other.
+    ///
+    /// Returns `None` if there is no backend, or no memory now: then bios are there that will be
+    /// free. Context: may sleep if no request is in flight.
+    #[inline]
+    pub(crate) fn new_bio(
+        &self,
+        op: Op,
+        sector: u64,
+        pages: usize,
+        first: bool,
+    ) -> Option<Bio<'a, Building>> {
+        let backend = self.backend()?;
+        let bios = self.vq.bios();
+        bios.alloc(backend, op, sector, pages, false).or_else(|| {
+            // Other bios of this virtqueue are freed by this very task: only wait if there is none.
+            if !first || self.has_in_flight() {
+                return None;
+            }
+            bios.alloc(backend, op, sector, pages, true)
+        })
+    }
+
+    /// Has the worker called when the next request is done. Returns whether there is one in flight.
+    pub(crate) fn wait_for_completion(&self) -> bool {
+        self.vq.completions.set_wanted(true);
+        self.has_in_flight()
+    }
+
+    /// Whether a request is the block layer's, or done and not taken yet.
+    pub(crate) fn has_in_flight(&self) -> bool {
+        let mut slots = self.inner().slots.iter();
+        slots.any(|slot| slot.is(Owner::InFlight))
+    }
+
+    /// Completes a request: writes its status byte, then makes its used entry, which the guest sees
+    /// after [`VirtqueueGuard::signal_used`] or when the guard is dropped. `written` is how many
+    /// bytes were written without a gap from the start of the chain's writable memory on, the
+    /// status apart.
+    ///
+    /// A status byte that cannot be written breaks the ring.
+    #[inline]
+    pub(crate) fn complete(&mut self, completion: Completion, status: u8, written: usize) {
+        let (head, used_len) = match completion.write_status(status, written) {
+            Ok(used) => used,
+            Err(head) => {
+                self.set_broken();
+                (head, 0)
+            }
+        };
+        self.push_used(head, used_len);
+    }
+
+    #[inline]
+    fn push_used(&mut self, head: u16, len: u32) {
+        // The core wraps once: more entries than the ring has would go past its end.
+        if self.inner().used >= self.inner().slots.len().min(MAX_USED) {
+            self.signal_used();
+        }
+        let raw = self.vq.as_raw();
+        let element = self.used_element(head, len);
+        let inner = self.inner_mut();
+        // SAFETY: The mutex is held. A chain was fetched, so there is an owner and the core's array
+        // of `MAX_USED` elements is allocated; `used` is less than that.
+        unsafe { *(*raw).heads.add(inner.used) = element };
+        inner.used += 1;
+    }
+
+    /// A used entry in the guest's byte order.
+    #[inline]
+    pub(super) fn used_element(&self, head: u16, len: u32) -> raw::vring_used_elem {
+        let little_endian = self.is_little_endian();
+        let to_guest = |value: u32| {
+            if little_endian {
+                value.to_le()
+            } else {
+                value.to_be()
+            }
+        };
+        raw::vring_used_elem {
+            id: to_guest(u32::from(head)),
+            len: to_guest(len),
+        }
+    }
+
+    /// Whether it is worth while to prepare requests for an end without the worker.
+    #[inline]
+    pub(super) fn completes_directly(&self) -> bool {
+        let completions = &self.vq.completions;
+        completions.finds_no_consumer() && completions.used_ring().is_mapped()
+    }
+
+    /// Shows the guest all used entries that were made, with one update of the index and at most
+    /// one interrupt.
+    pub(crate) fn signal_used(&mut self) {
+        let used = core::mem::take(&mut self.inner_mut().used);
+        if used == 0 {
+            return;
+        }
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held, and `used` elements of the core's array are set.
+        let elements = unsafe { core::slice::from_raw_parts((*raw).heads, used) };
+        let mapped = self.vq.completions.used_ring().complete(|rings| {
+            for element in elements {
+                rings.push(element);
+            }
+        });
+        if mapped.is_some() {
+            return;
+        }
+        // SAFETY: As above.
+        let result =
+            unsafe { raw::vhost_add_used_n(raw, (*raw).heads, core::ptr::null_mut(), used as u32) };
+        if result < 0 {
+            self.set_broken();
+        }
+        // SAFETY: The mutex is held, under which the core changes the call context.
+        unsafe { raw::vhost_signal((*raw).dev, raw) };
+    }
+
+    /// Drops all completed and deferred requests without telling the guest, for when nobody is left
+    /// to tell. From now until the next start nobody else takes one.
+    pub(super) fn abandon(&mut self) {
+        self.inner_mut().abandoned = true;
+        self.set_rings(None);
+        while let Some(request) = self.take_deferred().or_else(|| self.take_completed()) {
+            drop(request.finish());
+        }
+        self.inner_mut().used = 0;
+    }
+}
+
+impl<T: Operations> Drop for VirtqueueGuard<'_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        self.signal_used();
+        // SAFETY: The mutex is held until the fields are dropped.
+        unsafe { self.vq.completions.leave(self.waits) };
+    }
+}
+
+// What `NotifyDisabled` and `DescChain` do with their virtqueue.
+impl<'a, T: Operations> VirtqueueGuard<'a, T> {
+    #[inline]
+    pub(super) fn chain_memory(&self, start: usize, len: usize) -> &[IoVec] {
+        self.inner()
+            .iovecs
+            .get(start..start + len)
+            .unwrap_or_default()
+    }
+
+    #[inline]
+    pub(super) fn chain_memory_mut(&mut self, start: usize, len: usize) -> &mut [IoVec] {
+        self.inner_mut()
+            .iovecs
+            .get_mut(start..start + len)
+            .unwrap_or_default()
+    }
+
+    /// Fetches the next chain into the array for its memory. Returns its head, its counts of
+    /// readable and writable stretches, and its count of descriptors.
+    ///
+    /// # Errors
+    ///
+    /// See [`FetchError`].
+    #[inline]
+    pub(super) fn fetch(&mut self) -> Result<Option<(u16, usize, usize, u32)>, FetchError> {
+        let raw = self.vq.as_raw();
+        let running = self.is_running();
+        let inner = self.inner_mut();
+        if inner.broken || !running {
+            return Err(FetchError::Broken);
+        }
+        let (mut out_num, mut in_num, mut descriptors) = (0, 0, 0);
+
+        // SAFETY: The mutex is held and a backend runs, so there is memory and there are rings.
+        // Notifications are off: switching them off again does nothing. The array is as long as
+        // said.
+        let head = unsafe {
+            raw::vhost_disable_notify((*raw).dev, raw);
+            raw::vhost_get_vq_desc_n(
+                raw,
+                IoVec::as_raw_mut(&mut inner.iovecs),
+                inner.iovecs.len() as u32,
+                &mut out_num,
+                &mut in_num,
+                core::ptr::null_mut(),
+                core::ptr::null_mut(),
+                &mut descriptors,
+            )
+        };
+        if head < 0 {
+            if head == EAGAIN.to_errno() {
+                return Err(FetchError::Again);
+            }
+            inner.broken = true;
+            return Err(FetchError::Broken);
+        }
+        // CAST: Not negative, and not above the ring's size.
+        let head = head as u16;
+        match inner.slots.get(usize::from(head)) {
+            // The ring's size stands for 'none'.
+            None => Ok(None),
+            Some(slot) if slot.is(Owner::Nobody) => {
+                Ok(Some((head, out_num as usize, in_num as usize, descriptors)))
+            }
+            Some(_) => {
+                self.set_broken();
+                Err(FetchError::Broken)
+            }
+        }
+    }
+
+    /// Lets the guest kick. Returns whether it added buffers meanwhile.
+    #[inline]
+    pub(super) fn enable_notify(&mut self) -> bool {
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held. Without rings this fails like any access to them.
+        unsafe { self.is_running() && raw::vhost_enable_notify((*raw).dev, raw) }
+    }
+
+    /// Whether the worker has done enough for one turn: if so, it is let come back.
+    #[inline]
+    pub(super) fn exceeds_weight(&self, requests: usize, bytes: usize) -> bool {
+        // SAFETY: The virtqueue is initialised.
+        unsafe {
+            raw::vhost_exceeds_weight(
+                self.vq.as_raw(),
+                requests.min(i32::MAX as usize) as i32,
+                bytes.min(i32::MAX as usize) as i32,
+            )
+        }
+    }
+
+    /// Gives the newest chain back to the ring.
+    pub(super) fn discard(&mut self, descriptors: u32) {
+        // SAFETY: The mutex is held, and one chain was fetched since.
+        unsafe { raw::vhost_discard_vq_desc(self.vq.as_raw(), 1, descriptors) };
+    }
+
+    /// Claims the slot of a head.
+    #[inline]
+    pub(super) fn claim(
+        &self,
+        head: u16,
+        request: T::Request,
+        direct: Option<Direct>,
+    ) -> Result<Request<'a, T>, T::Request> {
+        let Some(slot) = self.inner().slots.get(usize::from(head)) else {
+            return Err(request);
+        };
+        let slot: *const Slot<T::Request> = slot;
+        // SAFETY: The slots are not moved or freed while one has an owner, which this one gets now;
+        // `'a` is the borrow of the virtqueue, and requests cannot outlive it. The mutex is held.
+        unsafe { Request::claim(self.vq, &*slot, request, direct) }
+    }
+}
