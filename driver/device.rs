@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What user space sees: open files of `/dev/vhost-blk` and their ioctls.
+
+use super::queue::{
+    Queue,
+    BYTE_WEIGHT,
+    WEIGHT, //
+};
+use crate::bindings::{
+    block::BlockDevice,
+    chardev, compat,
+    uapi::{
+        self,
+        feature,
+        Info,
+        SERIAL_LEN, //
+    },
+    vhost::{
+        self,
+        DeviceGuard,
+        EventFd,
+        Virtqueue,
+        MAX_QUEUE_SIZE, //
+    },
+};
+use core::pin::Pin;
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            ordering,
+            Atomic, //
+        },
+        new_mutex,
+        Arc,
+        Mutex, //
+    },
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+
+/// Most virtqueues of a device.
+const MAX_VIRTQUEUES: u32 = 64;
+
+/// Features that are offered.
+///
+/// Those of the configuration space are user space's to provide; the device works with and without
+/// them. `VHOST_F_LOG_ALL` is missing, since what the disk writes to the guest's memory is not
+/// logged: user space then blocks migration.
+const FEATURES: u64 = 1 << feature::SIZE_MAX
+    | 1 << feature::SEG_MAX
+    | 1 << feature::GEOMETRY
+    | 1 << feature::RO
+    | 1 << feature::BLK_SIZE
+    | 1 << feature::FLUSH
+    | 1 << feature::TOPOLOGY
+    | 1 << feature::CONFIG_WCE
+    | 1 << feature::MQ
+    | 1 << feature::NOTIFY_ON_EMPTY
+    | 1 << feature::ANY_LAYOUT
+    | 1 << feature::INDIRECT_DESC
+    | 1 << feature::EVENT_IDX
+    | 1 << feature::VERSION_1;
+
+/// Features of `VHOST_GET_BACKEND_FEATURES`.
+const BACKEND_FEATURES: u64 = 0;
+
+/// What user space sets and all virtqueues use.
+#[pin_data]
+pub(crate) struct Settings {
+    writeback: Atomic<bool>,
+    #[pin]
+    serial: Mutex<[u8; SERIAL_LEN]>,
+}
+
+impl Settings {
+    fn new() -> impl PinInit<Self> {
+        pin_init!(Self {
+            writeback: Atomic::new(true),
+            serial <- new_mutex!([0; SERIAL_LEN]),
+        })
+    }
+
+    /// As after opening.
+    fn reset(&self) {
+        self.writeback.store(true, ordering::Relaxed);
+        *self.serial.lock() = [0; SERIAL_LEN];
+    }
+
+    /// Whether completed writes may be in a volatile cache.
+    pub(super) fn writeback(&self) -> bool {
+        self.writeback.load(ordering::Relaxed)
+    }
+
+    /// The disk's serial string. Context: may sleep.
+    pub(super) fn serial(&self) -> [u8; SERIAL_LEN] {
+        *self.serial.lock()
+    }
+}
+
+/// An open file of `/dev/vhost-blk`: one disk of one guest.
+#[pin_data]
+pub(crate) struct Device {
+    #[pin]
+    vhost: vhost::Device<Queue>,
+    settings: Arc<Settings>,
+}
+
+impl chardev::File for Device {
+    type Operations = Queue;
+
+    fn open() -> Result<Pin<KBox<Self>>> {
+        let settings = Arc::pin_init(Settings::new(), GFP_KERNEL_ACCOUNT)?;
+        let count = compat::parameter(crate::module_parameters::max_virtqueues.value());
+        let count = count.clamp(1, MAX_VIRTQUEUES);
+
+        let of_queues = settings.clone();
+        let queues = (0..count).map(move |_| Ok(Queue::new(of_queues.clone())));
+        KBox::try_pin_init(
+            try_pin_init!(Self {
+                vhost <- vhost::Device::new(queues, WEIGHT, BYTE_WEIGHT),
+                settings,
+            }? Error),
+            GFP_KERNEL_ACCOUNT,
+        )
+    }
+
+    fn device(&self) -> &vhost::Device<Queue> {
+        &self.vhost
+    }
+
+    fn ioctl(&self, cmd: u32, arg: usize) -> Result<isize> {
+        match cmd {
+            uapi::GET_FEATURES => write(arg, FEATURES),
+            uapi::SET_FEATURES => self.set_features(read(arg)?),
+            uapi::GET_BACKEND_FEATURES => write(arg, BACKEND_FEATURES),
+            uapi::SET_BACKEND_FEATURES => check_features(read(arg)?, BACKEND_FEATURES),
+            uapi::SET_BACKEND => match read::<uapi::VringFile>(arg)?.fd() {
+                Some(fd) => self.start(fd),
+                None => self.stop(),
+            },
+            uapi::RESET_OWNER => self.reset_owner(),
+            uapi::SET_SERIAL => self.set_serial(read(arg)?),
+            uapi::SET_WRITEBACK => self.set_writeback(read(arg)?),
+            uapi::GET_INFO => self.info(arg),
+            uapi::NEW_WORKER
+            | uapi::FREE_WORKER
+            | uapi::ATTACH_VRING_WORKER
+            | uapi::GET_VRING_WORKER => self.vhost.lock().worker_ioctl(cmd, arg),
+            // The core allows larger rings. A ring that is resized behind this check does not start.
+            uapi::SET_VRING_NUM if read::<uapi::VringState>(arg)?.num() > MAX_QUEUE_SIZE => {
+                self.vhost.lock().check_owner()?;
+                Err(EINVAL)
+            }
+            uapi::SET_VRING_CALL => self.set_vring_call(arg),
+            uapi::SET_MEM_TABLE | uapi::SET_VRING_ADDR => {
+                let device = self.vhost.lock();
+                let result = device.core_ioctl(cmd, arg)?;
+                for vq in device.virtqueues() {
+                    vq.lock().follow_memory();
+                }
+                Ok(result)
+            }
+            _ => self.vhost.lock().core_ioctl(cmd, arg),
+        }
+    }
+}
+
+impl Device {
+    fn set_features(&self, features: u64) -> Result<isize> {
+        check_features(features, FEATURES)?;
+        let device = self.vhost.lock();
+        for vq in device.virtqueues() {
+            let guard = vq.lock();
+            if (guard.is_running() || !guard.is_idle()) && guard.features() != features {
+                return Err(EBUSY);
+            }
+        }
+        for vq in device.virtqueues() {
+            vq.lock().set_features(features);
+        }
+        Ok(0)
+    }
+
+    /// Besides the core, those who complete requests without it have a reference to the eventfd. If user
+    /// space changes the argument meanwhile, it has two.
+    fn set_vring_call(&self, arg: usize) -> Result<isize> {
+        let device = self.vhost.lock();
+        let file = read::<uapi::VringFile>(arg);
+        let call = file.as_ref().map(|file| file.fd().map(EventFd::from_fd));
+        // It knows all errors, and their order.
+        let result = device.core_ioctl(uapi::SET_VRING_CALL, arg)?;
+        let (Ok(file), Ok(call)) = (&file, call) else {
+            return Err(EFAULT);
+        };
+        let call = call.transpose()?;
+        if let Some(vq) = device.virtqueues().nth(file.index()) {
+            vq.lock().set_call(call);
+        }
+        Ok(result)
+    }
+
+    /// Starts every virtqueue that is set up on the block device `fd`.
+    ///
+    /// Zoned disks are refused (`EOPNOTSUPP`): a guest that knows nothing of zones would write where
+    /// it may not, and the kernel log each of these writes.
+    fn start(&self, fd: i32) -> Result<isize> {
+        let device = self.vhost.lock();
+        device.check_owner()?;
+        let backend = block_device(fd)?;
+
+        if device.virtqueues().any(|vq| vq.lock().is_running()) {
+            return Err(EBUSY);
+        }
+        if !device.virtqueues().any(|vq| vq.lock().is_set_up()) {
+            return Err(EINVAL);
+        }
+        if backend.limits().zone_sectors != 0 {
+            return Err(compat::eopnotsupp());
+        }
+        backend.sync_and_invalidate()?;
+
+        let backend = Arc::new(backend, GFP_KERNEL_ACCOUNT)?;
+        let direct = compat::parameter(crate::module_parameters::direct_completion.value()) != 0;
+        start_all(&device, &backend, direct).inspect_err(|_| {
+            // The caller is the owner, which is all that stopping asks for.
+            let _ = device.stop();
+        })?;
+        Ok(0)
+    }
+
+    fn stop(&self) -> Result<isize> {
+        self.vhost.lock().stop()?;
+        Ok(0)
+    }
+
+    fn reset_owner(&self) -> Result<isize> {
+        let device = self.vhost.lock();
+        device.stop()?;
+        device.reset_owner()?;
+        for vq in device.virtqueues() {
+            vq.lock().set_call(None);
+        }
+        self.settings.reset();
+        Ok(0)
+    }
+
+    fn set_serial(&self, serial: [u8; SERIAL_LEN]) -> Result<isize> {
+        *self.settings.serial.lock() = serial;
+        Ok(0)
+    }
+
+    fn set_writeback(&self, writeback: u32) -> Result<isize> {
+        let writeback = match writeback {
+            0 => false,
+            1 => true,
+            _ => return Err(EINVAL),
+        };
+        self.settings.writeback.store(writeback, ordering::Relaxed);
+        Ok(0)
+    }
+
+    fn info(&self, arg: usize) -> Result<isize> {
+        let (len, fd) = Info::read_query(arg)?;
+        let mut info = Info::new();
+
+        info.set_device(
+            self.vhost.virtqueue_count(),
+            MAX_QUEUE_SIZE,
+            vhost::Device::<Queue>::BYTES,
+            Virtqueue::<Queue>::BYTES,
+            Virtqueue::<Queue>::SLOT_BYTES,
+        );
+        let device = self.vhost.lock();
+        for vq in device.virtqueues() {
+            let guard = vq.lock();
+            if guard.is_running() {
+                info.set_running();
+                if let (None, Some(backend)) = (fd, guard.backend()) {
+                    info.set_backend(backend);
+                }
+                break;
+            }
+        }
+        drop(device);
+        if let Some(fd) = fd {
+            info.set_backend(&block_device(fd)?);
+        }
+        info.write_to(arg, len)?;
+        Ok(0)
+    }
+}
+
+fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<BlockDevice>, direct: bool) -> Result {
+    for vq in device.virtqueues() {
+        let mut guard = vq.lock();
+        if guard.is_set_up() {
+            guard.data_mut().reset();
+            guard.start(backend.clone(), direct)?;
+        }
+    }
+    Ok(())
+}
+
+/// The block device behind a descriptor: see [`BlockDevice::from_fd`].
+fn block_device(fd: i32) -> Result<BlockDevice> {
+    BlockDevice::from_fd(u32::try_from(fd).map_err(|_| EBADF)?)
+}
+
+/// `EOPNOTSUPP` if there are other features than those offered.
+fn check_features(features: u64, offered: u64) -> Result<isize> {
+    if features & !offered == 0 {
+        Ok(0)
+    } else {
+        Err(compat::eopnotsupp())
+    }
+}
+
+/// Reads an ioctl's argument, once.
+fn read<T: kernel::transmute::FromBytes>(arg: usize) -> Result<T> {
+    UserSlice::new(UserPtr::from_addr(arg), size_of::<T>())
+        .reader()
+        .read()
+}
+
+/// Writes an ioctl's result.
+fn write<T: kernel::transmute::AsBytes>(arg: usize, value: T) -> Result<isize> {
+    UserSlice::new(UserPtr::from_addr(arg), size_of::<T>())
+        .writer()
+        .write(&value)?;
+    Ok(0)
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver: what a request is, and what becomes of it.
+//!
+//! A kick leads to `queue`, which fetches chains and has `submit` turn each into a request and bios (`rest`
+//! has what does not fit one bio);
+//! `complete` takes finished bios to the used ring. `device` is what user space sees. `request` and
+//! `transfer` are pure code, which the user-space tests compile too.
+
+#![deny(unsafe_code)]
+
+mod complete;
+mod device;
+mod queue;
+mod request;
+mod rest;
+mod submit;
+mod transfer;
+
+pub(crate) use device::Device;

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtqueue's work: fetch and submit while there is something, complete what is done.
+
+use super::{
+    complete,
+    device::Settings,
+    rest::Rest,
+    submit::{
+        self,
+        Batch, //
+    },
+};
+use crate::bindings::{
+    block,
+    vhost::{
+        Completion,
+        Idle,
+        Operations,
+        Virtqueue,
+        VirtqueueGuard, //
+    },
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+/// Requests, and bytes of data, that one virtqueue submits before others get their turn.
+pub(crate) const WEIGHT: i32 = 256;
+pub(crate) const BYTE_WEIGHT: i32 = 16 << 20;
+
+/// What the driver keeps of a virtqueue.
+pub(crate) struct Queue {
+    pub(super) settings: Arc<Settings>,
+    /// A chain waits in the ring for memory that a request in flight will free.
+    pub(super) starved: bool,
+    /// Requests that are being bounced.
+    pub(super) bouncing: usize,
+}
+
+impl Queue {
+    pub(super) fn new(settings: Arc<Settings>) -> Self {
+        Self {
+            settings,
+            starved: false,
+            bouncing: 0,
+        }
+    }
+
+    /// Forgets what a backend that was stopped left.
+    pub(super) fn reset(&mut self) {
+        self.starved = false;
+        self.bouncing = 0;
+    }
+}
+
+/// A request whose bios are in flight.
+pub(crate) struct InFlight {
+    pub(super) completion: Completion,
+    /// Bytes that the guest's memory gets if all goes well, the status apart.
+    pub(super) read_len: usize,
+    /// Whether its data is copied: it counts in [`Queue::bouncing`].
+    pub(super) bounces: bool,
+    /// What does not fit the bios in flight.
+    pub(super) rest: Option<KBox<Rest>>,
+}
+
+impl Operations for Queue {
+    type Request = InFlight;
+
+    fn handle_kick(vq: &Virtqueue<Self>) {
+        run(&mut vq.lock());
+    }
+
+    fn handle_completions(guard: &mut VirtqueueGuard<'_, Self>) {
+        complete::completions(guard);
+    }
+
+    fn handle_completion_work(vq: &Virtqueue<Self>) {
+        let mut guard = vq.lock();
+        complete::completions(&mut guard);
+        if core::mem::take(&mut guard.data_mut().starved) {
+            run(&mut guard);
+        }
+    }
+}
+
+/// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had.
+///
+/// What completes within its own submission is completed here, before the worker sleeps.
+fn run(guard: &mut VirtqueueGuard<'_, Queue>) {
+    let mut batch = Batch::default();
+    let Some(mut ring) = guard.disable_notify() else {
+        return;
+    };
+
+    loop {
+        let end = block::with_plug(|| submit::batch(&mut ring, &mut batch));
+        complete::completions(ring.guard());
+
+        match end {
+            submit::End::Empty => match ring.enable() {
+                Idle::Yes => return,
+                Idle::No(again) => ring = again,
+            },
+            submit::End::Weight => return ring.requeue(),
+            submit::End::Turn => (),
+            submit::End::NoMemory => {
+                let waits = ring.wait_for_completion();
+                guard.data_mut().starved = waits;
+                return;
+            }
+            submit::End::NoTranslation => return ring.wait_for_iotlb(),
+            submit::End::Broken => return,
+        }
+    }
+}

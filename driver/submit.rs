@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! From a descriptor chain to bios in flight.
+
+use super::{
+    queue::{
+        InFlight,
+        Queue, //
+    },
+    request::{
+        self,
+        Limits,
+        Request,
+        Status,
+        HEADER_LEN,
+        SECTOR_SIZE, //
+    },
+    rest::{
+        self,
+        Fill,
+        Rest, //
+    },
+};
+use crate::bindings::{
+    block::{
+        BuildError,
+        Op, //
+    },
+    iov::UserIter,
+    uapi::{
+        feature,
+        SERIAL_LEN, //
+    },
+    vhost::{
+        DescChain,
+        FetchError,
+        NotifyDisabled,
+        Outcomes,
+        VirtqueueGuard, //
+    },
+};
+
+/// Requests of one virtqueue that may be bounced at the same time, which bounds the memory that a
+/// guest can make the host allocate.
+const MAX_BOUNCING: usize = 16;
+
+/// Requests that are submitted before completions are looked at. The block layer gives what is
+/// plugged to the disk after as many.
+const TURN: usize = 32;
+
+/// What was submitted since the worker came.
+#[derive(Default)]
+pub(super) struct Batch {
+    requests: usize,
+    bytes: usize,
+}
+
+/// Why a batch ended.
+pub(super) enum End {
+    /// The ring is empty.
+    Empty,
+    /// It is time to look at completions.
+    Turn,
+    /// The worker has done enough for this virtqueue, and is let come back.
+    Weight,
+    /// There is no memory for the next request until another completes.
+    NoMemory,
+    /// An address is not in the device IOTLB.
+    NoTranslation,
+    /// The guest broke the ring.
+    Broken,
+}
+
+/// Fetches chains and submits their requests.
+pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch) -> End {
+    for _ in 0..TURN {
+        if ring.exceeds_weight(batch.requests, batch.bytes) {
+            return End::Weight;
+        }
+        let chain = match ring.next_chain() {
+            Ok(Some(chain)) => chain,
+            Ok(None) => return End::Empty,
+            Err(FetchError::Again) => return End::NoTranslation,
+            Err(FetchError::Broken) => return End::Broken,
+        };
+        match submit(chain) {
+            Outcome::Submitted(bytes) => {
+                batch.requests += 1;
+                batch.bytes = batch.bytes.saturating_add(bytes);
+            }
+            Outcome::NoMemory => return End::NoMemory,
+            Outcome::Broken => return End::Broken,
+        }
+    }
+    End::Turn
+}
+
+/// What became of a chain.
+enum Outcome {
+    /// Its request, of so many bytes, is in flight, or complete already.
+    Submitted(usize),
+    /// It is back in the ring.
+    NoMemory,
+    /// It broke the ring.
+    Broken,
+}
+
+fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
+    let mut header = [0; HEADER_LEN];
+    if chain.copy_start(&mut header) < HEADER_LEN {
+        return complete(chain, Status::IoErr, 0);
+    }
+    let (readable, writable) = (chain.readable_len(), chain.writable_len());
+
+    let guard = chain.guard();
+    let little_endian = guard.is_little_endian();
+    let features = guard.features();
+    let Some(limits) = limits(guard, features) else {
+        return complete(chain, Status::IoErr, 0);
+    };
+    let decoded = request::decode(
+        &header,
+        little_endian,
+        (readable - HEADER_LEN) as u64,
+        writable as u64,
+        &limits,
+    );
+    match decoded {
+        Ok(Request::In { len: 0, .. } | Request::Out { len: 0, .. }) => {
+            complete(chain, Status::Ok, 0)
+        }
+        Ok(Request::In { sector, .. }) => transfer(chain, Op::Read, sector, &limits),
+        Ok(Request::Out { sector, .. }) => {
+            let writeback = has(features, feature::FLUSH) && guard.data().settings.writeback();
+            transfer(chain, Op::Write { fua: !writeback }, sector, &limits)
+        }
+        Ok(Request::Flush) => flush(chain),
+        Ok(Request::GetId) => {
+            let serial = guard.data().settings.serial();
+            get_id(chain, &serial)
+        }
+        Err(status) => complete(chain, status, 0),
+    }
+}
+
+/// Whether a feature bit is set.
+fn has(features: u64, bit: u32) -> bool {
+    features & (1 << bit) != 0
+}
+
+/// What the guest may ask of the backend now; `None` if there is none.
+fn limits(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> Option<Limits> {
+    let backend = guard.backend()?;
+    Some(Limits {
+        capacity: backend.capacity(),
+        logical_block_size: backend.logical_block_size(),
+        read_only: has(features, feature::RO) || !backend.writable(),
+    })
+}
+
+/// Completes a request that has no bio.
+fn complete(chain: DescChain<'_, '_, Queue>, status: Status, written: usize) -> Outcome {
+    chain
+        .complete(status as u8, written)
+        .map_or(Outcome::Broken, |()| Outcome::Submitted(0))
+}
+
+fn get_id(chain: DescChain<'_, '_, Queue>, serial: &[u8; SERIAL_LEN]) -> Outcome {
+    let (written, wanted) = {
+        let mut memory = chain.writable();
+        let wanted = memory.remaining().min(SERIAL_LEN);
+        (memory.copy_to(serial), wanted)
+    };
+    if written < wanted {
+        return complete(chain, Status::IoErr, 0);
+    }
+    complete(chain, Status::Ok, written)
+}
+
+fn flush(chain: DescChain<'_, '_, Queue>) -> Outcome {
+    let Some(bio) = chain.new_bio(Op::Flush, 0, 0) else {
+        chain.discard();
+        return Outcome::NoMemory;
+    };
+    let outcomes = Some(outcomes(0));
+    let request = chain.claim(outcomes, |completion| InFlight {
+        completion,
+        read_len: 0,
+        bounces: false,
+        rest: None,
+    });
+    let Some((guard, mut request)) = request else {
+        return Outcome::Broken;
+    };
+    request.add(guard, bio);
+    request.submit();
+    Outcome::Submitted(0)
+}
+
+/// Submits a read or a write of the chain's data.
+fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limits) -> Outcome {
+    let Some(backend) = chain.guard().backend() else {
+        return complete(chain, Status::IoErr, 0);
+    };
+    let mut memory = data(&chain, op);
+    let len = memory.remaining();
+    let how = Fill::new(&memory, backend.dma_alignment(), limits.logical_block_size);
+    let bounces = how.bounces();
+
+    let bio = if bounces && chain.guard().data().bouncing >= MAX_BOUNCING {
+        None
+    } else {
+        chain.new_bio(op, sector, how.pages(len))
+    };
+    let Some(mut bio) = bio else {
+        chain.discard();
+        return Outcome::NoMemory;
+    };
+    match how.fill(&mut bio, &mut memory) {
+        Ok(()) => (),
+        Err(BuildError::Fault) => return complete(chain, Status::IoErr, 0),
+        Err(BuildError::NoMemory) => {
+            chain.discard();
+            return Outcome::NoMemory;
+        }
+    }
+
+    let done = bio.len();
+    let rest = if done < len || (bounces && op == Op::Read) {
+        let sector = sector + done as u64 / SECTOR_SIZE;
+        match Rest::new(&memory, op, sector, len - done, how) {
+            Ok(rest) => Some(rest),
+            Err(_) => return complete(chain, Status::IoErr, 0),
+        }
+    } else {
+        None
+    };
+
+    let read_len = if op == Op::Read { len } else { 0 };
+    // Of what is copied, or goes on after its first bios, the worker has more to do.
+    let outcomes = (rest.is_none() && !bounces).then(|| outcomes(read_len));
+    let request = chain.claim(outcomes, |completion| InFlight {
+        completion,
+        read_len,
+        bounces,
+        rest,
+    });
+    let Some((guard, mut request)) = request else {
+        return Outcome::Broken;
+    };
+    if bounces {
+        guard.data_mut().bouncing += 1;
+    }
+    request.add(guard, bio);
+    rest::extend(guard, &mut request);
+    request.submit();
+    Outcome::Submitted(len)
+}
+
+/// What the end of a request says that `read_len` bytes are read for.
+fn outcomes(read_len: usize) -> Outcomes {
+    Outcomes {
+        ok: (Status::Ok as u8, read_len),
+        failed: (Status::IoErr as u8, 0),
+    }
+}
+
+/// The memory of the chain's data.
+fn data<'c>(chain: &'c DescChain<'_, '_, Queue>, op: Op) -> UserIter<'c> {
+    if op == Op::Read {
+        chain.writable()
+    } else {
+        let mut memory = chain.readable();
+        memory.advance(HEADER_LEN);
+        memory
+    }
+}
