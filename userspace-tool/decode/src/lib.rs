@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The module's pure code, compiled again in user space.
+//!
+//! The files under `driver/` are what the kernel module is built from,
+//! unchanged. This crate has nothing but tests of them, of every bound and with
+//! random input.
+
+#[cfg(test)]
+#[path = "../../../driver/request.rs"]
+mod request;
+#[cfg(test)]
+#[path = "../../../driver/transfer.rs"]
+mod transfer;
+
+#[cfg(test)]
+mod request_tests;
+#[cfg(test)]
+mod transfer_tests;

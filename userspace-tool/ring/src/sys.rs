@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! System calls that no crate has a safe function for: all unsafe code of the
+//! workspace.
+
+use std::ffi::{c_int, c_uint, c_ulong};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use io_uring::{IoUring, opcode, types};
+use vhost::vhost_kern::vhost_binding::{vhost_vring_addr, vhost_vring_file, vhost_vring_state};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::{
+    _IOC_DIRMASK, _IOC_DIRSHIFT, _IOC_SIZEMASK, _IOC_SIZESHIFT, _IOC_WRITE, ioctl_with_mut_ptr,
+    ioctl_with_mut_ref, ioctl_with_ref,
+};
+
+use crate::device::RawArg;
+use crate::driver::Op;
+use crate::error::{Error, Result};
+use crate::memory::{PAGE_SIZE, Protection};
+use crate::uapi::{Info, VHOST_BLK_GET_INFO, VHOST_BLK_SERIAL_LEN, VringWorker, WorkerState};
+
+/// Arguments of ioctls that the kernel may fill with any bytes.
+///
+/// # Safety
+///
+/// Every bit pattern is a value of the type, it has no padding, and no ioctl of
+/// a vhost device that takes it accesses more than its size.
+pub(crate) unsafe trait Plain: Copy {}
+
+// SAFETY: An integer; the kernel copies one byte from or to the user's memory.
+unsafe impl Plain for u8 {}
+// SAFETY: An integer; the kernel copies four bytes from the user's memory.
+unsafe impl Plain for u32 {}
+// SAFETY: An array of integers of the length that the header gives.
+unsafe impl Plain for [u8; VHOST_BLK_SERIAL_LEN] {}
+// SAFETY: repr(C), one u32, copied as a whole by the kernel.
+unsafe impl Plain for WorkerState {}
+// SAFETY: repr(C), two u32, copied as a whole by the kernel.
+unsafe impl Plain for VringWorker {}
+// SAFETY: repr(C), two 32-bit integers, copied as a whole by the kernel.
+unsafe impl Plain for vhost_vring_state {}
+// SAFETY: repr(C), two 32-bit integers, copied as a whole by the kernel.
+unsafe impl Plain for vhost_vring_file {}
+// SAFETY: repr(C), two u32 and then four u64, copied as a whole by the kernel.
+unsafe impl Plain for vhost_vring_addr {}
+
+/// Issues an ioctl of a vhost device whose argument the kernel only reads.
+///
+/// # Panics
+///
+/// If `request` is not encoded so, with the size of `T`.
+pub(crate) fn write<T: Plain>(fd: &File, request: c_ulong, arg: &T) -> io::Result<()> {
+    assert_eq!(encoded_size(request), size_of::<T>());
+    assert_eq!(encoded_direction(request), _IOC_WRITE);
+    // SAFETY: `arg` is valid for reads of the size that is encoded in the
+    // request, and `Plain` promises that no more is accessed. The assertion on
+    // the direction rules out those that write back to `arg`, but for one:
+    // VHOST_GET_VRING_BUSYLOOP_TIMEOUT, which no caller passes here.
+    result(unsafe { ioctl_with_ref(fd, request, arg) }).map(drop)
+}
+
+/// Issues an ioctl of a vhost device whose argument the kernel may read and
+/// write.
+///
+/// # Panics
+///
+/// If `request` is not encoded with the size of `T`.
+pub(crate) fn exchange<T: Plain>(fd: &File, request: c_ulong, arg: &mut T) -> io::Result<()> {
+    assert_eq!(encoded_size(request), size_of::<T>());
+    // SAFETY: `arg` is valid for reads and writes of the size that is encoded
+    // in the request. `Plain` promises that no more is accessed, and that
+    // whatever is written is a value of `T`.
+    result(unsafe { ioctl_with_mut_ref(fd, request, arg) }).map(drop)
+}
+
+/// Issues `VHOST_BLK_GET_INFO` for the block device `of`, or -1.
+pub(crate) fn get_info(fd: &File, of: c_int) -> io::Result<Info> {
+    let mut info = Info {
+        argsz: c_uint::try_from(size_of::<Info>()).expect("the size fits the encoding"),
+        fd: of,
+        ..Info::default()
+    };
+    // SAFETY: `info` is valid for reads and writes of `argsz` bytes, and the
+    // kernel accesses no more than that. All its members are integers.
+    result(unsafe { ioctl_with_mut_ref(fd, VHOST_BLK_GET_INFO, &mut info) })?;
+    Ok(info)
+}
+
+/// Size of the memory that an argument of [`raw`] stands in, bytes. No ioctl of
+/// a character device accesses more: the encoding has 14 bits for the size; a
+/// memory table has at most 65535 regions (the type of the vhost module's
+/// parameter) of 32 bytes each, behind 8 bytes; and `VHOST_BLK_GET_INFO` writes
+/// no more than the kernel's own structure, which is far below a page.
+const RAW_BYTES: usize = 1 << 22;
+
+/// Issues an ioctl with any number and any bytes as its argument.
+pub(crate) fn raw(fd: &File, request: u32, arg: RawArg<'_>) -> io::Result<c_int> {
+    let request = c_ulong::from(request);
+    match arg {
+        RawArg::Bytes(bytes) => {
+            if bytes.len() > RAW_BYTES {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            let mut memory = vec![0u8; RAW_BYTES];
+            memory[..bytes.len()].copy_from_slice(bytes);
+            // SAFETY: `memory` is valid for reads and writes of RAW_BYTES bytes,
+            // which is more than any ioctl accesses (see there), and all bytes
+            // are values of its elements.
+            let ret = result(unsafe { ioctl_with_mut_ptr(fd, request, memory.as_mut_ptr()) });
+            bytes.copy_from_slice(&memory[..bytes.len()]);
+            ret
+        }
+        RawArg::Null => bad_pointer(fd, request, 0),
+        RawArg::Kernel => bad_pointer(fd, request, c_ulong::MAX << 47),
+    }
+}
+
+/// Issues an ioctl with an address that user space cannot have mapped.
+fn bad_pointer(fd: &File, request: c_ulong, address: c_ulong) -> io::Result<c_int> {
+    assert!(address == 0 || address >= c_ulong::MAX << 47);
+    let pointer = std::ptr::without_provenance_mut::<u8>(
+        usize::try_from(address).expect("an address fits usize"),
+    );
+    // SAFETY: The kernel checks every access through the pointer, and it faults:
+    // nothing can be mapped at page 0 (mmap_min_addr) or in the kernel's half of
+    // the address space. So no memory of this process is read or written.
+    result(unsafe { ioctl_with_mut_ptr(fd, request, pointer) })
+}
+
+/// Makes reads of an eventfd block, whoever else has it.
+pub(crate) fn set_blocking(event: &EventFd) -> io::Result<()> {
+    // SAFETY: The file descriptor is open while `event` is borrowed. F_SETFL
+    // takes a number and accesses no memory. Of the flags that it can change, an
+    // eventfd has O_NONBLOCK only.
+    result(unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) }).map(drop)
+}
+
+/// Registers the memory at `addr`, `len` bytes, as buffer 0 of `ring`.
+pub(crate) fn register_buffer(
+    ring: &IoUring,
+    memory: &GuestMemoryMmap,
+    addr: GuestAddress,
+    len: usize,
+) -> Result<()> {
+    let slice = memory
+        .get_slice(addr, len)
+        .map_err(Error::access(addr, len))?;
+    let buffer = libc::iovec {
+        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+        iov_len: len,
+    };
+    // SAFETY: `slice` is mapped while `memory` is borrowed, and so during the
+    // call, in which the kernel pins its pages. From then on it accesses these
+    // pages and not the addresses: if the mapping goes before the ring, nothing
+    // else comes to be where the kernel writes. What is in them is accessed by
+    // vm-memory in its volatile way only; there are no Rust references to it.
+    unsafe { ring.submitter().register_buffers(&[buffer]) }
+        .map_err(Error::system("io_uring: cannot register the buffers"))
+}
+
+/// Puts a request of `ring`'s file 0 into its submission queue, whose data is
+/// `len` bytes at `addr` of this process, in buffer 0. Returns whether there was
+/// room.
+pub(crate) fn push(
+    ring: &mut IoUring,
+    op: Op,
+    offset: u64,
+    addr: u64,
+    len: u32,
+    user_data: u64,
+) -> bool {
+    const FILE: types::Fixed = types::Fixed(0);
+    let pointer = std::ptr::without_provenance_mut::<u8>(
+        usize::try_from(addr).expect("an address fits usize"),
+    );
+    let entry = match op {
+        Op::In => opcode::ReadFixed::new(FILE, pointer, len, 0)
+            .offset(offset)
+            .build(),
+        Op::Out => opcode::WriteFixed::new(FILE, pointer, len, 0)
+            .offset(offset)
+            .build(),
+        Op::Flush => opcode::Fsync::new(FILE)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+    };
+    // SAFETY: The entry points to no memory of this process but its data. The
+    // kernel takes that from the pages of registered buffer 0, and fails the
+    // request with EFAULT if the range is not in that buffer or there is none.
+    // `register_buffer` says why those pages may be accessed at any time; no
+    // other function registers buffers.
+    unsafe { ring.submission().push(&entry.user_data(user_data)) }.is_ok()
+}
+
+/// Changes what may be done with pages of the guest's memory.
+pub(crate) fn protect(
+    memory: &GuestMemoryMmap,
+    addr: GuestAddress,
+    len: usize,
+    protection: Protection,
+) -> Result<()> {
+    if addr.0 % PAGE_SIZE as u64 != 0 || len % PAGE_SIZE != 0 {
+        return Err(Error::Invalid(format!(
+            "pages to protect: {:#x}, {len} bytes",
+            addr.0
+        )));
+    }
+    let slice = memory
+        .get_slice(addr, len)
+        .map_err(Error::access(addr, len))?;
+    let flags = match protection {
+        Protection::None => libc::PROT_NONE,
+        Protection::Read => libc::PROT_READ,
+        Protection::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+    };
+    // SAFETY: `slice` is a range within one mapping of `memory`, which cannot go
+    // while `memory` is borrowed. It starts at a page, as the mapping does and
+    // as its offset does (checked above), and is whole pages. There is no Rust
+    // reference to what it holds, since vm-memory gives volatile access only:
+    // the worst that an access can do from now on is to fault.
+    let ret = unsafe { libc::mprotect(slice.ptr_guard_mut().as_ptr().cast(), len, flags) };
+    result(ret)
+        .map(drop)
+        .map_err(Error::system("mprotect of guest memory"))
+}
+
+fn result(ret: c_int) -> io::Result<c_int> {
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
+}
+
+fn encoded_size(request: c_ulong) -> usize {
+    usize::try_from(request >> _IOC_SIZESHIFT).expect("a request fits usize")
+        & _IOC_SIZEMASK as usize
+}
+
+fn encoded_direction(request: c_ulong) -> c_uint {
+    c_uint::try_from(request >> _IOC_DIRSHIFT).expect("a request has 32 bits") & _IOC_DIRMASK
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::uapi;
+
+    #[test]
+    fn requests_are_taken_apart() {
+        assert_eq!(encoded_size(uapi::VHOST_BLK_GET_INFO), size_of::<Info>());
+        assert_eq!(encoded_direction(uapi::VHOST_BLK_GET_INFO), 3);
+        assert_eq!(encoded_size(uapi::VHOST_SET_FORK_FROM_OWNER), 1);
+        assert_eq!(
+            encoded_direction(uapi::VHOST_SET_FORK_FROM_OWNER),
+            _IOC_WRITE
+        );
+    }
+
+    #[test]
+    fn eventfds_can_be_made_to_block() {
+        let event = EventFd::new(libc::EFD_NONBLOCK).expect("eventfd");
+        let clone = event.try_clone().expect("eventfd");
+        assert!(event.read().is_err());
+        set_blocking(&event).expect("fcntl");
+        let reader = std::thread::spawn(move || clone.read().expect("a number"));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        event.write(3).expect("eventfd");
+        assert_eq!(reader.join().expect("it ends"), 3);
+    }
+
+    #[test]
+    fn raw_ioctl_of_a_file_that_has_none() {
+        let file = File::open("/dev/null").expect("/dev/null opens");
+        for arg in [RawArg::Null, RawArg::Kernel, RawArg::Bytes(&mut [0; 8])] {
+            let errno = raw(&file, 0x4008_afff, arg).map_err(|e| e.raw_os_error());
+            assert_eq!(errno, Err(Some(libc::ENOTTY)));
+        }
+    }
+
+    #[test]
+    fn bad_pointer_is_a_fault() {
+        // FIONREAD writes an int.
+        let (reader, _writer) = std::os::unix::net::UnixStream::pair().expect("a socket pair");
+        let file = File::from(std::os::fd::OwnedFd::from(reader));
+        for arg in [RawArg::Null, RawArg::Kernel] {
+            let errno = raw(&file, 0x541b, arg).map_err(|e| e.raw_os_error());
+            assert_eq!(errno, Err(Some(libc::EFAULT)));
+        }
+    }
+}

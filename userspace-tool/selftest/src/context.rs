@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a test is, and what it is given.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use vhost_blk_ring::uapi::Info;
+use vhost_blk_ring::{Device, Guest, Options, WorkerMode};
+
+use crate::disk::{self, Disk};
+
+/// How long a request may take. Generous: the host may be emulated.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// For how long nothing has to happen where nothing may happen.
+pub(crate) const QUIET: Duration = Duration::from_millis(150);
+
+/// How long a test may take, unless it says otherwise, in seconds.
+pub(crate) const USUAL: u64 = 60;
+
+/// A test.
+pub(crate) struct Test {
+    /// Its module and what it is about.
+    pub(crate) name: &'static str,
+    /// What it checks.
+    pub(crate) what: &'static str,
+    /// How long it may take, seconds.
+    pub(crate) timeout: u64,
+    /// The test. An error is a failure, unless it is a [`Skip`].
+    pub(crate) run: fn(&Context) -> Result<()>,
+}
+
+/// Makes a [`Test`].
+macro_rules! test {
+    ($name:literal, $what:literal, $run:expr) => {
+        test!($name, $what, $crate::context::USUAL, $run)
+    };
+    ($name:literal, $what:literal, $timeout:expr, $run:expr) => {
+        $crate::context::Test {
+            name: $name,
+            what: $what,
+            timeout: $timeout,
+            run: $run,
+        }
+    };
+}
+pub(crate) use test;
+
+/// The error of a test that cannot run here, and why.
+#[derive(Debug)]
+pub(crate) struct Skip(pub(crate) String);
+
+impl fmt::Display for Skip {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// A test ends here, since it cannot run.
+pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
+    Err(Skip(reason.into()).into())
+}
+
+/// What the tests work with.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    device: PathBuf,
+    disk: PathBuf,
+    slow_disk: Option<PathBuf>,
+    bad_disk: Option<PathBuf>,
+}
+
+impl Context {
+    pub(crate) fn new(
+        device: PathBuf,
+        disk: PathBuf,
+        slow_disk: Option<PathBuf>,
+        bad_disk: Option<PathBuf>,
+    ) -> Self {
+        Context {
+            device,
+            disk,
+            slow_disk,
+            bad_disk,
+        }
+    }
+
+    /// Path of the disk.
+    pub(crate) fn disk_path(&self) -> &Path {
+        &self.disk
+    }
+
+    /// The device, freshly opened.
+    pub(crate) fn device(&self) -> Result<Device> {
+        Ok(Device::open(&self.device)?)
+    }
+
+    /// What a guest is made with: the usual, on our device node.
+    pub(crate) fn options(&self) -> Options {
+        Options {
+            path: self.device.clone(),
+            ..Options::default()
+        }
+    }
+
+    /// A guest on a fresh device, not started.
+    pub(crate) fn guest(&self, change: impl FnOnce(&mut Options)) -> Result<Guest> {
+        let mut options = self.options();
+        change(&mut options);
+        Ok(Guest::new(&options)?)
+    }
+
+    /// A guest on a fresh device, started on the disk.
+    pub(crate) fn started(&self, change: impl FnOnce(&mut Options)) -> Result<Guest> {
+        let guest = self.guest(change)?;
+        guest.start(self.disk()?)?;
+        Ok(guest)
+    }
+
+    /// The mode of the workers in some of the rounds of a test: what is asked for, unless the kernel
+    /// has one mode only.
+    pub(crate) fn worker_mode(&self, kthread: bool) -> Result<Option<WorkerMode>> {
+        if self.device()?.get_fork_from_owner().is_err() {
+            return Ok(None);
+        }
+        Ok(Some(if kthread {
+            WorkerMode::Kthread
+        } else {
+            WorkerMode::Task
+        }))
+    }
+
+    /// The disk, for a backend.
+    pub(crate) fn disk(&self) -> Result<File> {
+        disk::open(&self.disk, true, true)
+    }
+
+    /// The disk, opened read-only.
+    pub(crate) fn disk_read_only(&self) -> Result<File> {
+        disk::open(&self.disk, true, false)
+    }
+
+    /// The disk, opened write-only.
+    pub(crate) fn disk_write_only(&self) -> Result<File> {
+        disk::open(&self.disk, false, true)
+    }
+
+    /// The disk, to look at what is on it past the host's cache.
+    pub(crate) fn direct(&self) -> Result<Disk> {
+        Disk::open(&self.disk)
+    }
+
+    /// Path of the slow disk. Without one, the test is skipped.
+    pub(crate) fn slow_disk_path(&self) -> Result<&Path> {
+        match &self.slow_disk {
+            Some(path) => Ok(path),
+            None => skip("needs --slow-disk"),
+        }
+    }
+
+    /// The slow disk, for a backend.
+    pub(crate) fn slow_disk(&self) -> Result<File> {
+        disk::open(self.slow_disk_path()?, true, true)
+    }
+
+    /// The disk that fails in its second half, for a backend. Without one, the test is skipped.
+    pub(crate) fn bad_disk(&self) -> Result<File> {
+        match &self.bad_disk {
+            Some(path) => disk::open(path, true, true),
+            None => skip("needs --bad-disk"),
+        }
+    }
+
+    /// What the device says of the disk.
+    pub(crate) fn info(&self) -> Result<Info> {
+        let disk = self.disk_read_only()?;
+        Ok(self.device()?.info(Some(disk.as_fd()))?)
+    }
+
+    /// Says what comes next: it is printed if the test fails or hangs there.
+    #[expect(clippy::unused_self, reason = "only a test has steps")]
+    pub(crate) fn step(&self, what: impl fmt::Display) {
+        println!("{STEP}{what}");
+        // The runner reads it from a pipe. If that is gone, so is the reader.
+        let _ = std::io::stdout().flush();
+    }
+
+    /// Says something that is printed whatever becomes of the test.
+    #[expect(clippy::unused_self, reason = "only a test has notes")]
+    pub(crate) fn note(&self, what: impl fmt::Display) {
+        println!("{NOTE}{what}");
+    }
+
+    /// This program again, to do something else in another process.
+    pub(crate) fn again(&self) -> Result<Command> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .arg("--device")
+            .arg(&self.device)
+            .arg("--disk")
+            .arg(&self.disk)
+            .arg("--yes-destroy-data")
+            .stdin(Stdio::null());
+        if let Some(slow_disk) = &self.slow_disk {
+            command.arg("--slow-disk").arg(slow_disk);
+        }
+        if let Some(bad_disk) = &self.bad_disk {
+            command.arg("--bad-disk").arg(bad_disk);
+        }
+        Ok(command)
+    }
+
+    /// Runs this program in another process, to play `part` of a test with `file` as its standard
+    /// input, and returns what it printed.
+    pub(crate) fn other_process(&self, part: &str, file: File) -> Result<String> {
+        let output = self
+            .again()?
+            .arg("--child")
+            .arg(part)
+            .stdin(file)
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot run this program again")?;
+        anyhow::ensure!(
+            output.status.success(),
+            "the other process ({part}) ended with {}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+}
+
+/// What a line starts with that names a step, between a test and the runner.
+pub(crate) const STEP: &str = "@step ";
+
+/// What a line starts with that is printed even if the test passes.
+pub(crate) const NOTE: &str = "@note ";

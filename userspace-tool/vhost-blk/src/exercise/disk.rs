@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The disk as the host sees it, past its page cache.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use vhost_blk_ring::request::SECTOR_SIZE;
+
+/// What direct I/O needs at most: alignment of memory, bytes.
+const ALIGN: usize = 4096;
+/// How much is read or written at once, bytes.
+const CHUNK: usize = 1 << 20;
+
+/// A block device that nobody else uses.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    /// Opened exclusively; this is what the module gets.
+    backend: File,
+    /// For the host's own view.
+    direct: File,
+    capacity: u64,
+    block: usize,
+    read_only: bool,
+}
+
+/// A copy of a piece of the disk.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Disk {
+    /// Opens the disk for reading, and for writing if `write` says so.
+    pub(crate) fn open(path: &Path, write: bool) -> Result<Self> {
+        let shown = path.display();
+        let meta = fs::metadata(path).with_context(|| format!("cannot look at {shown}"))?;
+        if !meta.file_type().is_block_device() {
+            bail!("{shown} is not a block device");
+        }
+        // O_EXCL of a block device: not while it is mounted or held by another.
+        let backend = open(path, write, libc::O_EXCL).map_err(|error| {
+            let hint = match error.raw_os_error() {
+                Some(libc::EBUSY) => " (it is mounted, or another device or program holds it)",
+                Some(libc::EACCES | libc::EPERM) => " (are you root?)",
+                _ => "",
+            };
+            anyhow::Error::new(error).context(format!("cannot open {shown}{hint}"))
+        })?;
+        let direct = open(path, write, libc::O_DIRECT)
+            .with_context(|| format!("cannot open {shown} for direct I/O"))?;
+        let sysfs = Sysfs::of(meta.rdev());
+        let disk = Disk {
+            backend,
+            direct,
+            capacity: sysfs.number("size")?,
+            block: usize::try_from(sysfs.queue_number("logical_block_size")?)?,
+            read_only: sysfs.number("ro")? != 0,
+        };
+        if disk.capacity == 0 {
+            bail!("{shown} has no medium");
+        }
+        if disk.block > ALIGN {
+            bail!(
+                "{shown} has blocks of {} bytes, more than a page",
+                disk.block
+            );
+        }
+        if write && disk.read_only {
+            bail!("{shown} is read-only");
+        }
+        Ok(disk)
+    }
+
+    /// What the module gets.
+    pub(crate) fn backend(&self) -> &File {
+        &self.backend
+    }
+
+    /// For direct I/O of the host's own.
+    pub(crate) fn direct(&self) -> &File {
+        &self.direct
+    }
+
+    /// Sectors.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Size, bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.capacity * SECTOR_SIZE as u64
+    }
+
+    /// Size of a logical block, bytes.
+    pub(crate) fn block(&self) -> usize {
+        self.block
+    }
+
+    /// Sectors of a logical block.
+    pub(crate) fn block_sectors(&self) -> u64 {
+        (self.block / SECTOR_SIZE) as u64
+    }
+
+    /// Whether the disk itself takes no writes.
+    pub(crate) fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What is on the disk, `len` bytes from `sector` on: whole blocks.
+    pub(crate) fn read(&self, sector: u64, len: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        let mut aligned = Aligned::new(len.min(CHUNK));
+        let mut offset = sector * SECTOR_SIZE as u64;
+        for piece in bytes.chunks_mut(CHUNK) {
+            let buffer = &mut aligned.bytes()[..piece.len()];
+            self.direct
+                .read_exact_at(buffer, offset)
+                .with_context(|| format!("cannot read {} bytes at {offset}", piece.len()))?;
+            piece.copy_from_slice(buffer);
+            offset += piece.len() as u64;
+        }
+        Ok(bytes)
+    }
+
+    /// Writes whole blocks from `sector` on, past the module.
+    pub(crate) fn write(&self, sector: u64, bytes: &[u8]) -> Result<()> {
+        let mut aligned = Aligned::new(bytes.len().min(CHUNK));
+        let mut offset = sector * SECTOR_SIZE as u64;
+        for piece in bytes.chunks(CHUNK) {
+            let buffer = &mut aligned.bytes()[..piece.len()];
+            buffer.copy_from_slice(piece);
+            self.direct
+                .write_all_at(buffer, offset)
+                .with_context(|| format!("cannot write {} bytes at {offset}", piece.len()))?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether the host's own reads into memory at an odd multiple of 512 bytes
+    /// give the same as into whole pages, `len` bytes from `sector` on.
+    ///
+    /// A guest's buffers may be so, and a driver that errs here is no disk to
+    /// compare with: null_blk with memory_backed and blocks of 4096 bytes is.
+    pub(crate) fn reads_agree(&self, sector: u64, len: usize) -> Result<bool> {
+        let whole = self.read(sector, len)?;
+        let mut aligned = Aligned::new(len + SECTOR_SIZE);
+        let odd = &mut aligned.bytes()[SECTOR_SIZE..];
+        match self.direct.read_exact_at(odd, sector * SECTOR_SIZE as u64) {
+            Ok(()) => Ok(odd == whole),
+            // The disk needs more alignment than that.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(true),
+            Err(error) => Err(error).context("cannot read into unaligned memory"),
+        }
+    }
+
+    /// Copies `len` bytes at byte `start`: whole blocks.
+    pub(crate) fn save(&self, start: u64, len: usize) -> Result<Saved> {
+        let bytes = self.read(start / SECTOR_SIZE as u64, len)?;
+        Ok(Saved { start, bytes })
+    }
+
+    /// Puts back what [`save`](Self::save) copied.
+    pub(crate) fn restore(&self, saved: &Saved) -> Result<()> {
+        self.write(saved.start / SECTOR_SIZE as u64, &saved.bytes)?;
+        self.direct.sync_all().context("cannot flush the disk")
+    }
+}
+
+fn open(path: &Path, write: bool, flags: i32) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(flags | libc::O_CLOEXEC)
+        .open(path)
+}
+
+/// Memory at a multiple of [`ALIGN`].
+struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let memory = vec![0; len + ALIGN];
+        let start = memory.as_ptr().align_offset(ALIGN);
+        Aligned { memory, start, len }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
+}
+
+/// A block device in sysfs.
+struct Sysfs(PathBuf);
+
+impl Sysfs {
+    fn of(device: u64) -> Self {
+        let (major, minor) = (libc::major(device), libc::minor(device));
+        Sysfs(format!("/sys/dev/block/{major}:{minor}").into())
+    }
+
+    fn number(&self, name: &str) -> Result<u64> {
+        number(&self.0.join(name))
+    }
+
+    /// A partition has its limits in the folder of its disk.
+    fn queue_number(&self, name: &str) -> Result<u64> {
+        let own = self.0.join("queue");
+        let folder = if own.is_dir() {
+            own
+        } else {
+            self.0.join("../queue")
+        };
+        number(&folder.join(name))
+    }
+}
+
+fn number(path: &Path) -> Result<u64> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{}: '{}'", path.display(), text.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aligned_memory_is_aligned() {
+        for len in [1, 512, 4096, 100_000] {
+            let mut aligned = Aligned::new(len);
+            let bytes = aligned.bytes();
+            assert_eq!(bytes.len(), len);
+            assert_eq!(bytes.as_ptr().addr() % ALIGN, 0);
+        }
+    }
+
+    #[test]
+    fn only_block_devices_are_disks() {
+        let error = Disk::open(Path::new("/dev/null"), false).expect_err("a character device");
+        assert!(error.to_string().contains("not a block device"));
+        assert!(Disk::open(Path::new("/nonexistent"), false).is_err());
+    }
+}
