@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Tests of QEMU's device: what it refuses and why, its options, booting."""
+
+import os
+import subprocess
+
+from disks import Brd, Loop, NullBlk, sh
+from ktap import Test
+from vm import Guest, GuestError, QmpError
+
+OPTIONS = None
+
+
+def qemu(*args, user=None, expect=None):
+    """Start QEMU without a guest; it must fail and say what `expect` says."""
+    command = [OPTIONS.qemu, "-nodefaults", "-no-user-config", "-display", "none", "-S",
+               "-machine", "pc", "-accel", "tcg", "-m", "64", *args]
+    if user:
+        command = ["setpriv", f"--reuid={user}", "--clear-groups", *command]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace",
+                              timeout=60, stdin=subprocess.DEVNULL, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError("QEMU took what it should refuse") from error
+    if not done.returncode:
+        raise AssertionError("QEMU ended without an error")
+    if expect not in done.stderr:
+        raise AssertionError(f"QEMU says {done.stderr!r}, expected {expect!r}")
+
+
+def host_device(path, extra=""):
+    """-blockdev for a disk of the host."""
+    return ["-blockdev", f"driver=host_device,node-name=node0,filename={path}{extra}"]
+
+
+DEVICE = ["-device", "vhost-blk-pci,drive=node0"]
+
+
+def refused(expect, *args, device="vhost-blk-pci,drive=node0"):
+    """A test that QEMU refuses a drive; {disk} in args is a disk's path."""
+    def run():
+        with NullBlk() as disk:
+            qemu(*(arg.format(disk=disk.path) for arg in args), "-device", device, expect=expect)
+    return run
+
+
+def test_refuse_format():
+    """QEMU refuses a qcow2 image on the disk."""
+    with NullBlk() as disk:
+        sh(os.path.join(os.path.dirname(OPTIONS.qemu), "qemu-img"), "create", "-f", "qcow2",
+           disk.path, "32M")
+        qemu("-blockdev", f"driver=qcow2,node-name=node0,file.driver=host_device,"
+             f"file.filename={disk.path}", *DEVICE, expect="'node0' is 'qcow2'")
+
+
+def test_refuse_file():
+    """QEMU refuses a regular file."""
+    with Loop() as disk:
+        qemu("-blockdev", f"driver=file,node-name=node0,filename={disk.file}", *DEVICE,
+             expect="must be a 'host_device'")
+
+
+def test_refuse_mounted():
+    """QEMU refuses a disk that is mounted on the host, unless share-rw=on."""
+    with NullBlk(size=32) as disk:
+        sh("mkfs.ext4", "-q", disk.path)
+        os.makedirs("/run/mounted", exist_ok=True)
+        sh("mount", disk.path, "/run/mounted")
+        try:
+            qemu(*host_device(disk.path), *DEVICE, expect="is mounted or otherwise in use on")
+            with Guest("share", OPTIONS.qemu, OPTIONS.work, accel="tcg", memory="64M",
+                       args=["-S", *host_device(disk.path), "-device",
+                             "vhost-blk-pci,drive=node0,share-rw=on"]) as vm:
+                vm.launch()
+        finally:
+            sh("umount", "/run/mounted")
+
+
+def test_module_missing():
+    """Without the module QEMU says that it is not loaded."""
+    sh("rmmod", "vhost_blk")
+    try:
+        with NullBlk() as disk:
+            qemu(*host_device(disk.path), *DEVICE, expect="module is not loaded")
+    finally:
+        sh("insmod", OPTIONS.module)
+        sh("udevadm", "settle", "--timeout=30")
+
+
+def test_rights():
+    """Without the right to open the node QEMU says that."""
+    with NullBlk() as disk:
+        os.chmod(disk.path, 0o666)
+        qemu(*host_device(disk.path), *DEVICE, user=65534, expect="needs the right to read and write")
+
+
+def test_monitor():
+    """Block jobs, a second user and migration are refused while the device is there."""
+    with NullBlk() as disk, NullBlk() as other, \
+            Guest("monitor", OPTIONS.qemu, OPTIONS.work, accel="tcg", memory="64M",
+                  args=["-S", *host_device(disk.path),
+                        "-blockdev", f"driver=host_device,node-name=other,filename={other.path}",
+                        "-device", "vhost-blk-pci,drive=node0,id=disk0"]) as vm:
+        vm.launch()
+
+        def refuse(command, **arguments):
+            try:
+                vm.qmp(command, **arguments)
+            except QmpError:
+                return
+            raise AssertionError(f"QEMU took {command}")
+
+        refuse("blockdev-mirror", device="node0", target="other", sync="full", job_id="job")
+        refuse("blockdev-backup", device="node0", target="other", sync="full", job_id="job")
+        refuse("blockdev-del", node_name="node0")
+        refuse("device_add", driver="virtio-blk-pci", drive="node0", id="second")
+        refuse("device_add", driver="vhost-blk-pci", drive="node0", id="second")
+        refuse("migrate", uri="tcp:127.0.0.1:1")
+        if vm.qmp("query-status")["running"]:
+            raise AssertionError("it runs")
+
+
+def test_options():
+    """A guest with a disk for each option: read-only, one queue, legacy, vhostfd, workers."""
+    disks = [NullBlk(), NullBlk(), NullBlk(), NullBlk(irqmode=1), NullBlk(block_size=4096)]
+    vhost = os.open("/dev/vhost-blk", os.O_RDWR)
+    choices = ["", "num-queues=1,disable-modern=on", "worker_per_virtqueue=on,write-cache=off",
+               f"vhostfd={vhost},num-queues=4,queue-size=1024", "disable-legacy=on,queue-size=16"]
+    args = []
+    for number, (disk, choice) in enumerate(zip(disks, choices)):
+        extra = ",read-only=on" if number == 0 else ""
+        args += ["-blockdev", f"driver=host_device,node-name=n{number},filename={disk.path}{extra}",
+                 "-device", f"vhost-blk-pci,drive=n{number},serial=option-{number}"
+                            + (f",{choice}" if choice else "")]
+    sh("sh", "-c", f"head -c 1M /dev/urandom | dd of={disks[0].path} oflag=direct bs=64k "
+       "iflag=fullblock status=none")
+    wanted = sh("sh", "-c", f"dd if={disks[0].path} iflag=direct bs=64k count=16 status=none "
+                "| sha256sum").split()[0]
+    try:
+        with Guest("options", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel, OPTIONS.initrd,
+                   args, pass_fds=(vhost,)) as vm:
+            vm.start()
+            names = [vm.run(f"grep -lx option-{number} /sys/block/vd*/serial").split("/")[3]
+                     for number in range(len(disks))]
+
+            def expect(what, command, value):
+                found = vm.run(command, check=False)[1]
+                if found != value:
+                    raise AssertionError(f"{what}: {found!r}, expected {value!r}")
+
+            expect("read-only", f"cat /sys/block/{names[0]}/ro", "1")
+            expect("data of the read-only disk", f"dd if=/dev/{names[0]} bs=64k count=16 "
+                   "iflag=direct 2>/dev/null | sha256sum | cut -d' ' -f1", wanted)
+            expect("writing to it", f"dd if=/dev/zero of=/dev/{names[0]} bs=4k count=1 "
+                   "oflag=direct 2>/dev/null && echo written", "")
+            expect("one queue", f"ls /sys/block/{names[1]}/mq | wc -l", "1")
+            expect("write cache off", f"cat /sys/block/{names[2]}/cache_type", "write through")
+            expect("block size", f"cat /sys/block/{names[4]}/queue/logical_block_size", "4096")
+            for name in names[1:]:
+                vm.run("fio --name=x --ioengine=libaio --direct=1 --verify=crc32c --rw=randwrite "
+                       f"--bs=16k --iodepth=16 --size=2m --filename=/dev/{name} --fsync=16 "
+                       "--do_verify=1 --verify_fatal=1 --minimal")
+            # The guest may change the cache's mode where it could at first.
+            vm.run(f"echo 'write through' > /sys/block/{names[3]}/cache_type")
+            expect("cache mode", f"cat /sys/block/{names[3]}/cache_type", "write through")
+            vm.run(f"dd if=/dev/zero of=/dev/{names[3]} bs=4k count=16 oflag=direct")
+            vm.shut_down()
+    finally:
+        os.close(vhost)
+        for disk in disks:
+            disk.close()
+
+
+def test_boot():
+    """The firmware boots a guest from a disk: syslinux, kernel, initramfs."""
+    size = os.path.getsize(OPTIONS.boot_disk)
+    with Brd(size=(size >> 20) + 1) as disk:
+        sh("dd", f"if={OPTIONS.boot_disk}", f"of={disk.path}", "bs=1M", "oflag=direct")
+        wanted = sh("sha256sum", OPTIONS.boot_disk).split()[0]
+        with Guest("boot", OPTIONS.qemu, OPTIONS.work, args=[
+                *host_device(disk.path),
+                "-device", "vhost-blk-pci,drive=node0,bootindex=0,serial=boot"]) as vm:
+            vm.start(360)
+            found = vm.run(f"head -c {size} /dev/vda | sha256sum").split()[0]
+            if found != wanted:
+                raise AssertionError("the disk holds other data than what was booted from")
+            vm.shut_down()
+
+
+TESTS = [
+    test_refuse_format,
+    test_refuse_file,
+    Test("QEMU refuses a filter over the disk", refused(
+        "must be a 'host_device'", "-object", "throttle-group,id=group", "-blockdev",
+        "driver=throttle,node-name=node0,throttle-group=group,file.driver=host_device,"
+        "file.filename={disk}")),
+    Test("QEMU refuses I/O throttling", refused(
+        "I/O throttling", "-drive",
+        "if=none,id=node0,format=raw,file={disk},throttling.iops-total=100")),
+    Test("QEMU refuses detect-zeroes", refused(
+        "bypasses the block layer", "-drive",
+        "if=none,id=node0,format=raw,file={disk},detect-zeroes=on")),
+    Test("QEMU refuses a part of a disk (raw with an offset)", refused(
+        "has an offset or a size", "-blockdev",
+        "driver=raw,node-name=node0,offset=1048576,file.driver=host_device,file.filename={disk}")),
+    Test("QEMU refuses an error policy other than report", refused(
+        "can only be 'report'", *host_device("{disk}"),
+        device="vhost-blk-pci,drive=node0,werror=stop")),
+    Test("QEMU refuses more queues than the module has", refused(
+        "num-queues must not exceed 64", *host_device("{disk}"),
+        device="vhost-blk-pci,drive=node0,num-queues=65")),
+    test_refuse_mounted,
+    Test(test_module_missing.__doc__.rstrip("."), test_module_missing, prints=2),
+    test_rights,
+    test_monitor,
+    test_options,
+    test_boot,
+]

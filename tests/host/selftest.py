@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-2.0
+"""Tests of the module without a guest; runs in the host as root. Prints KTAP."""
+
+import argparse
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import ktap
+from disks import Brd, Delay, HalfBad, Loop, NullBlk, ScsiDebug, sh
+from ktap import Log, Test, say
+
+NODE = "/dev/vhost-blk"
+OPTIONS = None
+PARAMETERS = ()
+
+
+def expect(what, got, wanted):
+    """Fail unless both are equal."""
+    if got != wanted:
+        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
+
+
+def loaded():
+    """Whether the module is loaded."""
+    return os.path.isdir("/sys/module/vhost_blk")
+
+
+def load(*parameters):
+    """Load the module, and what it needs, unless it is loaded with these parameters."""
+    global PARAMETERS
+    if loaded() and parameters != PARAMETERS:
+        sh("rmmod", "vhost_blk")
+    PARAMETERS = parameters
+    if not loaded():
+        sh("modprobe", "vhost")
+        sh("insmod", OPTIONS.module, *parameters)
+        sh("udevadm", "settle", "--timeout=30")
+
+
+def test_modinfo():
+    """modinfo shows licence, description, version, parameters, and the kernel."""
+    text = sh("modinfo", OPTIONS.module)
+    say(text)
+    fields = dict(re.split(r":\s*", line, maxsplit=1) for line in text.splitlines())
+    for name in ("license", "description", "version", "parm", "vermagic"):
+        if not fields.get(name):
+            raise AssertionError(f"no {name}")
+    expect("licence", fields["license"].split()[0], "GPL")
+    expect("kernel", fields["vermagic"].split()[0], os.uname().release)
+    if "max_virtqueues" not in text:
+        raise AssertionError("no parameter max_virtqueues")
+
+
+def test_load():
+    """insmod prints one line, and the device node appears."""
+    load()
+    mode = os.stat(NODE).st_mode
+    if not stat.S_ISCHR(mode):
+        raise AssertionError(f"{NODE} is no character device")
+    if stat.S_IMODE(mode) & 0o007:
+        raise AssertionError(f"{NODE} is open to all: mode {stat.S_IMODE(mode):o}")
+
+
+def test_busy():
+    """rmmod is refused while the device is open, and the device still works."""
+    load()
+    with open(NODE, "r+b", buffering=0):
+        done = subprocess.run(["rmmod", "vhost_blk"], capture_output=True, text=True, check=False)
+        if not done.returncode or not loaded():
+            raise AssertionError("rmmod succeeded with the device open")
+        say(done.stderr)
+    with open(NODE, "r+b", buffering=0):
+        pass
+
+
+def test_unload():
+    """rmmod prints one line, and the device node goes."""
+    sh("rmmod", "vhost_blk")
+    sh("udevadm", "settle", "--timeout=30")
+    if os.path.exists(NODE):
+        raise AssertionError(f"{NODE} is still there")
+
+
+def test_reload():
+    """The module is loaded and unloaded 10 times."""
+    for _ in range(10):
+        load()
+        with open(NODE, "r+b", buffering=0):
+            pass
+        sh("rmmod", "vhost_blk")
+
+
+def selftest():
+    """The programs of the ioctl interface and of known defects."""
+    load()
+    with Brd() as disk, Delay(NullBlk(size=16), 600, 600) as slow, HalfBad(NullBlk(size=16)) as bad:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
+                     "--slow-disk", slow.path, "--bad-disk", bad.path)
+
+
+def later():
+    """Requests, completed in an interrupt."""
+    load(*DIRECT)
+    with NullBlk(irqmode=2, nsec=50000) as disk:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
+                     "--only=request.")
+
+
+def exercise(make, *arguments, parameters=()):
+    """A test of `vhost-blk exercise` on a disk that `make` makes."""
+    def run():
+        load(*parameters)
+        with make() as disk:
+            ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *arguments)
+    return run
+
+
+DIRECT = ("direct_completion=1",)
+WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
+TASK = (*WRITE, "--worker-mode=task")
+KTHREAD = (*WRITE, "--worker-mode=kthread")
+
+
+def pins():
+    """Pages pinned and not released, of the whole host."""
+    with open("/proc/vmstat", encoding="ascii") as file:
+        values = dict(line.split() for line in file)
+    return (int(values.get("nr_foll_pin_acquired", 0))
+            - int(values.get("nr_foll_pin_released", 0)))
+
+
+def test_read_only():
+    """exercise, reading only, on a read-only disk."""
+    load()
+    with Loop() as disk:
+        sh("dd", "if=/dev/urandom", f"of={disk.path}", "bs=1M", "count=16", "status=none")
+        sh("blockdev", "--setro", disk.path)
+        try:
+            ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap")
+        finally:
+            # It would stay so for whoever gets the loop device next.
+            sh("blockdev", "--setrw", disk.path)
+
+
+def test_stop_in_flight():
+    """Stop and release with requests in flight, dm-delay of 10 ms."""
+    load(*PARAMETERS)
+    # Each request is in flight long enough; what compares reads the same slow disk.
+    with Delay(NullBlk(), 10, 10) as disk:
+        ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE,
+                     "--only=stop", "--timeout=60")
+
+
+def killed(*arguments):
+    """A test that kills a program whose requests are in flight."""
+    def run():
+        load()
+        before = pins()
+        with Delay(NullBlk(), 1000, 1000) as disk:
+            for delay in (0.5, 1.0, 1.5, 2.0):
+                process = subprocess.Popen(
+                    [OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE, *arguments],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired as error:
+                    raise AssertionError("it cannot be killed:\n" + ktap.stacks(process.pid)
+                                         ) from error
+            time.sleep(2)
+        expect("pages pinned and not released", pins() - before, 0)
+        with open(NODE, "r+b", buffering=0):
+            pass
+    return run
+
+
+def test_pins():
+    """No page is left pinned and no reference left on the module."""
+    expect("pages pinned and not released", pins() - OPTIONS.pins, 0)
+    sh("rmmod", "vhost_blk")
+
+
+def test_dmesg():
+    """The host's kernel log is clean from boot to end."""
+    trouble = Log(mark=False).trouble()
+    if trouble:
+        raise AssertionError("\n".join(trouble))
+
+
+TESTS = [
+    test_modinfo,
+    Test("insmod prints one line, and the device node appears", test_load, prints=1),
+    test_busy,
+    Test("rmmod prints one line, and the device node goes", test_unload, prints=1),
+    Test("the module is loaded and unloaded 10 times", test_reload, prints=20),
+    Test("the module is loaded for what follows", load, prints=1),
+    Test("the ioctl interface, and known defects of an earlier driver", selftest),
+    Test("exercise: null_blk irqmode=0", exercise(NullBlk, *TASK)),
+    Test("exercise: null_blk irqmode=1, kthread workers",
+         exercise(lambda: NullBlk(irqmode=1), *KTHREAD)),
+    Test("exercise: null_blk irqmode=2, a worker for each queue",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, "--workers=per-queue")),
+    Test("exercise: brd", exercise(Brd, *TASK)),
+    Test("exercise: loop", exercise(Loop, *TASK)),
+    Test("exercise: loop, 4096-byte blocks, kthread workers",
+         exercise(lambda: Loop(block_size=4096), *KTHREAD)),
+    Test("exercise: loop, rings of 1024", exercise(Loop, *TASK, "--queue-size=1024")),
+    Test("exercise: scsi_debug", exercise(ScsiDebug, *TASK)),
+    Test("exercise: scsi_debug, 4096-byte blocks",
+         exercise(lambda: ScsiDebug(block_size=4096), *TASK)),
+    test_read_only,
+    test_stop_in_flight,
+    Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
+    Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread")),
+    Test("the module is loaded again, to complete requests without a worker",
+         lambda: load(*DIRECT), prints=2),
+    Test("the same requests, completed in an interrupt", later),
+    Test("exercise: null_blk irqmode=2, completed in an interrupt",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
+    Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),
+    Test("Stop and release with requests in flight, without a worker", test_stop_in_flight),
+    Test("no page is left pinned, and the module can go", test_pins, prints=1),
+    test_dmesg,
+]
+
+
+def main():
+    """Run the tests."""
+    global OPTIONS
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--module", required=True, help="vhost-blk.ko")
+    parser.add_argument("--tool", required=True, help="the program vhost-blk")
+    parser.add_argument("--selftest", required=True, help="the program selftest")
+    parser.add_argument("only", nargs="*", help="run tests whose name contains this")
+    OPTIONS = parser.parse_args()
+    OPTIONS.pins = pins()
+    return ktap.run(TESTS, OPTIONS.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
