@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: GPL-2.0
+"""What the measurements must show, checked against a results.json."""
+
+from cells import DISK_TIME
+from spread import Spread, group_of
+
+REACHED, MISSED = "reached", "missed"
+SERVED = ("vhost-user-blk", "vhost-user-blk/nopoll")
+EXACT_DISKS = ("null_blk-inline", "null_blk-softirq")
+
+
+class Goal:
+    """A goal, what was measured for it in the worst of its cells, and whether
+    that is enough."""
+
+    def __init__(self, text, measured, verdict):
+        self.text, self.measured, self.verdict = text, measured, verdict
+
+
+class Cells:
+    """Cells to be found by what they are."""
+
+    def __init__(self, document):
+        self.cells = document["cells"]
+
+    def find(self, **want):
+        """The cells of which all that is true."""
+        return [cell for cell in self.cells
+                if all(cell.get(key) == value for key, value in want.items())]
+
+    def groups(self, **want):
+        """Those, each with all cells that it is compared with, by path."""
+        result = {}
+        for cell in self.find(**want):
+            result.setdefault(group_of(cell), {})[cell["path"]] = cell
+        return {name: paths for name, paths in result.items() if "vhost-blk" in paths}
+
+
+def worst(text, ratios, limit, at_least):
+    """A goal that holds if it holds in each of its cells.
+
+    ratios: (name of the cell, ratio).
+    """
+    if not ratios:
+        return None
+    name, value = (min if at_least else max)(ratios, key=lambda each: each[1])
+    good = sum(1 for _, ratio in ratios if (ratio >= limit if at_least else ratio <= limit))
+    verdict = REACHED if good == len(ratios) else MISSED
+    return Goal(text, f"{good} of {len(ratios)} cells; the worst: {value:.2f} ({name})", verdict)
+
+
+def exact(cells):
+    """Goals in instructions."""
+    to_served, to_uring = [], {1: [], 32: []}
+    for disk in EXACT_DISKS:
+        for depth in (1, 32):
+            count = {cell["path"].split("/nopoll")[0]: cell.get("host_insns_less_front_end")
+                     for cell in cells.find(frontend="exact", disk=disk, iodepth=depth)
+                     if cell.get("host_insns_less_front_end")}
+            name = f"{disk}, depth {depth}"
+            own = count.get("vhost-blk")
+            if own and count.get("vhost-user-blk"):
+                to_served.append((name, own / count["vhost-user-blk"]))
+            if own and count.get("host/io_uring"):
+                to_uring[depth].append((name, own / count["host/io_uring"]))
+    yield worst("instructions, to vhost-user-blk: at most 0.5", to_served, 0.5, False)
+    yield worst("instructions, to io_uring at depth 1: at most 1.3", to_uring[1], 1.3, False)
+    yield worst("instructions, to io_uring at depth 32: at most 1.0", to_uring[32], 1.0, False)
+
+
+def best(paths, names, metric, most=True):
+    """The best median of some paths, or None."""
+    values = [paths[name][metric] for name in names
+              if name in paths and paths[name][metric] is not None]
+    return (max if most else min)(values) if values else None
+
+
+def tool(cells):
+    """Goals with the tool's front end, against the better way to run the daemon."""
+    for depth, limit in ((1, 1.3), (32, 1.5)):
+        ratios = []
+        for rw in ("randread", "randwrite"):
+            for name, paths in cells.groups(frontend="tool", rw=rw, bs=4096, iodepth=depth,
+                                            flush=False).items():
+                other = best(paths, SERVED, "iops_median")
+                if other and paths["vhost-blk"]["disk"] in EXACT_DISKS:
+                    ratios.append((name, paths["vhost-blk"]["iops_median"] / other))
+        yield worst(f"IOPS at depth {depth}, 4 KiB, to vhost-user-blk: at least {limit}", ratios,
+                    limit, True)
+    ratios = []
+    for rw in ("read", "write"):
+        for name, paths in cells.groups(frontend="tool", rw=rw, bs=512).items():
+            other = best(paths, SERVED, "iops_median")
+            if other:
+                ratios.append((name, paths["vhost-blk"]["iops_median"] / other))
+    yield worst("IOPS in the table of 2011, to vhost-user-blk: at least 1.3", ratios, 1.3, True)
+    ratios = []
+    for disk, own in DISK_TIME.items():
+        for name, paths in cells.groups(frontend="tool", disk=disk, bs=4096, iodepth=1).items():
+            other = best(paths, SERVED, "lat_p50_us", False)
+            mine = paths["vhost-blk"]["lat_p50_us"]
+            if other and mine and other > own:
+                ratios.append((name, (mine - own) / (other - own)))
+    yield worst("time added to the disk's own, to vhost-user-blk: at most 0.5", ratios, 0.5, False)
+    ratios = []
+    for name, paths in cells.groups(frontend="tool", bs=4096, iodepth=1).items():
+        own = Spread.of(paths["vhost-blk"], "lat_p99_us")
+        others = [Spread.of(paths[path], "lat_p99_us") for path in SERVED if path in paths]
+        if own and all(others) and others:
+            other = min(others, key=lambda each: each.median)
+            ratios.append((name, 1.0 if own.overlaps(other) else own.median / other.median))
+    yield worst("p99 at depth 1, to vhost-user-blk: at most 1.0 (1.0: within the spread)", ratios,
+                1.0, False)
+
+
+def nowhere_slower(cells, frontend, what, others):
+    """No cell with fewer IOPS, beyond the spread."""
+    below, count = [], 0
+    for name, paths in cells.groups(frontend=frontend).items():
+        own = Spread.of(paths["vhost-blk"], "iops")
+        for path, cell in paths.items():
+            spread = Spread.of(cell, "iops")
+            if path == "vhost-blk" or not others(path) or not spread or not own:
+                continue
+            count += 1
+            if own.median < spread.median and not own.overlaps(spread):
+                below.append((own.median / spread.median, f"{name}/{path}"))
+    if not count:
+        return None
+    measured = f"{len(below)} of {count} comparisons below"
+    if below:
+        measured += f"; the worst: {min(below)[0]:.2f} ({min(below)[1]})"
+    return Goal(what, measured, MISSED if below else REACHED)
+
+
+def guest(cells):
+    """Goals in a guest, against the best of QEMU's and vhost-scsi's."""
+    cpu, busy = [], []
+    for name, paths in cells.groups(frontend="guest", bs=4096, flush=False).items():
+        if paths["vhost-blk"]["iodepth"] not in (1, 32):
+            continue
+        own = paths["vhost-blk"]
+        threads = [path for path in paths if path.startswith("virtio-blk/iothread")]
+        other = best(paths, threads, "host_cpu_us_per_req", False)
+        if other and own["host_cpu_us_per_req"]:
+            cpu.append((name, own["host_cpu_us_per_req"] / other))
+        other = best(paths, [path for path in paths if path != "vhost-blk"],
+                     "host_busy_us_per_req", False)
+        if other and own["host_busy_us_per_req"]:
+            busy.append((name, own["host_busy_us_per_req"] / other))
+    yield worst("guest: CPU of who serves, to the best iothread's: at most 0.25", cpu, 0.25, False)
+    yield worst("guest: CPU of the host outside of the guest, to the best other path's: below 1.0",
+                busy, 1.0, False)
+
+
+def check(document):
+    """The goals for which something was measured."""
+    cells = Cells(document)
+    found = [*exact(cells), *tool(cells),
+             nowhere_slower(cells, "tool", "the tool: IOPS nowhere below vhost-user-blk's, beyond "
+                            "the spread", lambda path: path.startswith("vhost-user-blk")),
+             *guest(cells),
+             nowhere_slower(cells, "guest", "guest: IOPS not below any path's, beyond the spread",
+                            lambda path: True)]
+    return [goal for goal in found if goal]
