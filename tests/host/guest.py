@@ -59,8 +59,7 @@ class Rig:
     def explain(self):
         """Print the end of what the guest and QEMU have printed."""
         if self.guest:
-            for name in ("console", "qemu.log"):
-                say(f"the end of the guest's {name}:\n{self.guest.read(name)[-3000:]}")
+            self.guest.explain()
 
     def close(self):
         """End the guest and remove the disks."""

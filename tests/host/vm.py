@@ -182,13 +182,31 @@ class Guest:
 
     def __exit__(self, kind, error, trace):
         if error is not None:
-            say(f"guest {self.name}: the end of its console:")
-            say(self.console()[-2000:])
-            log = self.qemu_log()
-            if log:
-                say(f"guest {self.name}: what QEMU printed:")
-                say(log[-2000:])
+            self.explain()
         self.kill()
+
+    def explain(self):
+        """Print what is known of a guest with which something went wrong."""
+        say(f"guest {self.name}: the end of its console:")
+        say(self.console()[-2000:])
+        log = self.qemu_log()
+        if log:
+            say(f"guest {self.name}: what QEMU printed:")
+            say(log[-2000:])
+        if self.process and self.process.poll() is None:
+            say(f"guest {self.name}: its processors, twice:")
+            for _ in range(2):
+                say(self.processors())
+                time.sleep(1)
+
+    def processors(self):
+        """Where the guest's processors are, and whether they rest, as QEMU's monitor says."""
+        try:
+            text = self.qmp("human-monitor-command", 10, command_line="info registers -a")
+        except (GuestError, OSError) as error:
+            return str(error)
+        return "\n".join(line.strip() for line in text.splitlines()
+                         if line.startswith(("CPU#", "RIP=", "EIP=")))
 
     # What the guest and QEMU print
 
