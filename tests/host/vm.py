@@ -21,6 +21,10 @@ class GuestError(Exception):
     """The guest, or QEMU, did not do what it should."""
 
 
+class GuestSilent(GuestError):
+    """Nothing came within the time allowed."""
+
+
 class QmpError(GuestError):
     """QEMU refused a command; the text is QEMU's own."""
 
@@ -232,7 +236,7 @@ class Guest:
         """Read what is there; wait for it until the deadline."""
         left = deadline - time.monotonic()
         if left <= 0:
-            raise GuestError(f"{what}: nothing within the time allowed")
+            raise GuestSilent(f"{what}: nothing within the time allowed")
         for key, _ in self.selector.select(min(left, 1.0)):
             channel = key.data
             try:
