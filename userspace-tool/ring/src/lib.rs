@@ -67,7 +67,7 @@ pub use guest::{Guest, Options, Workers};
 pub use memory::{Buffer, Memory, Protection};
 pub use queue::Queue;
 pub use request::{Completion, Cut, Kind, Request, Shape, Status};
-pub use ring::{Descriptor, Ring, Segment, Table, Used};
+pub use ring::{Descriptor, Parts, Ring, Segment, Table, Used};
 pub use uring::Uring;
 pub use vhost::VhostUserMemoryRegionInfo as Region;
 pub use vhost_user::VhostUserGuest;

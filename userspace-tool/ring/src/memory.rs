@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{
@@ -90,8 +91,20 @@ impl Memory {
             .map_err(|e| Error::Map(e.to_string()))?;
         file.set_len(len as u64)
             .map_err(|e| Error::Map(e.to_string()))?;
-        let region = (GuestAddress(0), len, Some(FileOffset::new(file, 0)));
-        GuestMemoryMmap::from_ranges_with_files([region])
+        Self::with_files(vec![(GuestAddress(0), len, Some(file))])
+    }
+
+    /// As [`with_regions`](Self::with_regions); regions with a file are shared mappings of it, from
+    /// its start on. The file has to be as long.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`], if they overlap or cannot be had.
+    pub fn with_files(regions: Vec<(GuestAddress, usize, Option<File>)>) -> Result<Self> {
+        let regions = regions
+            .into_iter()
+            .map(|(addr, len, file)| (addr, len, file.map(|file| FileOffset::new(file, 0))));
+        GuestMemoryMmap::from_ranges_with_files(regions)
             .map(Self::with_map)
             .map_err(|e| Error::Map(e.to_string()))
     }
@@ -170,6 +183,36 @@ impl Memory {
         })
     }
 
+    /// Takes the `len` bytes at `addr`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], if there are none, or not all of them are free, in one region.
+    pub fn alloc_at(&self, addr: GuestAddress, len: usize) -> Result<Buffer> {
+        let taken = || Error::Invalid(format!("{len} bytes at {:#x}: not free", addr.0));
+        let end = addr.0.checked_add(len as u64).ok_or_else(taken)?;
+        let mut free = self.free();
+        let (start, room) = free
+            .range(..=addr.0)
+            .next_back()
+            .map(|(&start, &room)| (start, room))
+            .filter(|(start, room)| len > 0 && end <= start + room)
+            .ok_or_else(taken)?;
+        free.remove(&start);
+        if addr.0 > start {
+            free.insert(start, addr.0 - start);
+        }
+        if start + room > end {
+            free.insert(end, start + room - end);
+        }
+        drop(free);
+        Ok(Buffer {
+            memory: self.clone(),
+            addr,
+            len,
+        })
+    }
+
     /// Bytes that no buffer has.
     pub fn available(&self) -> u64 {
         self.free().values().sum()
@@ -210,6 +253,32 @@ impl Memory {
     /// they are not mapped, in one region; [`Error::System`].
     pub fn protect(&self, addr: GuestAddress, len: usize, protection: Protection) -> Result<()> {
         sys::protect(&self.0.map, addr, len, protection)
+    }
+
+    /// Puts other pages, of zeroes, where `len` bytes of whole pages at `addr` are, in a region that
+    /// has a file: whoever has pinned the old ones keeps them, and sees the new ones no more.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], if there is no file or these are not whole pages of one region;
+    /// [`Error::System`].
+    pub fn replace_pages(&self, addr: GuestAddress, len: usize) -> Result<()> {
+        let invalid = || Error::Invalid(format!("pages to replace: {:#x}, {len} bytes", addr.0));
+        let region = self.0.map.find_region(addr).ok_or_else(invalid)?;
+        let file = region.file_offset().ok_or_else(invalid)?;
+        let offset = addr.0 - region.start_addr().raw_value();
+        let page = PAGE_SIZE as u64;
+        if offset % page != 0 || len % PAGE_SIZE != 0 || offset + len as u64 > region.len() {
+            return Err(invalid());
+        }
+        let [offset, len] = [file.start() + offset, len as u64].map(i64::try_from);
+        fallocate(
+            file.file(),
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE,
+            offset.map_err(|_| invalid())?,
+            len.map_err(|_| invalid())?,
+        )
+        .map_err(|e| Error::system("fallocate of guest memory")(e.into()))
     }
 
     fn free(&self) -> MutexGuard<'_, BTreeMap<u64, u64>> {
@@ -410,6 +479,45 @@ mod tests {
         assert_eq!((seen[0], seen[PAGE_SIZE]), (7, 0));
         let private = Memory::new(PAGE_SIZE).expect("a page");
         assert_eq!(private.regions()[0].mmap_handle, -1);
+    }
+
+    #[test]
+    fn buffers_can_be_where_one_wants_them() {
+        let regions = [
+            (GuestAddress(0), PAGE_SIZE),
+            (GuestAddress(PAGE_SIZE as u64), PAGE_SIZE),
+        ];
+        let memory = Memory::with_regions(&regions).expect("regions");
+        let end = GuestAddress(2 * PAGE_SIZE as u64 - 12);
+        let last = memory.alloc_at(end, 12).expect("the last bytes");
+        assert_eq!(last.at(last.len()).0, 2 * PAGE_SIZE as u64);
+        assert!(memory.alloc_at(end, 12).is_err(), "taken");
+        assert!(memory.alloc_at(GuestAddress(4090), 12).is_err(), "regions");
+        assert!(memory.alloc_at(GuestAddress(0), 0).is_err(), "nothing");
+        assert!(memory.alloc_at(GuestAddress(1 << 20), 1).is_err(), "a hole");
+        let middle = memory.alloc_at(GuestAddress(64), 64).expect("a piece");
+        assert_eq!(memory.available(), 2 * PAGE_SIZE as u64 - 12 - 64);
+        drop((last, middle));
+        assert_eq!(memory.available(), 2 * PAGE_SIZE as u64);
+    }
+
+    #[test]
+    fn pages_are_replaced() {
+        let memory = Memory::shared(3 * PAGE_SIZE).expect("3 pages");
+        let all = memory.alloc(3 * PAGE_SIZE, PAGE_SIZE).expect("all");
+        all.fill(7).expect("in range");
+        memory
+            .replace_pages(all.at(PAGE_SIZE), PAGE_SIZE)
+            .expect("a page");
+        let ends = |page: usize| all.read(page * PAGE_SIZE, PAGE_SIZE).expect("in range");
+        assert_eq!(
+            [ends(0)[4095], ends(1)[0], ends(1)[4095], ends(2)[0]],
+            [7, 0, 0, 7]
+        );
+        assert!(memory.replace_pages(all.at(1), PAGE_SIZE).is_err());
+        assert!(memory.replace_pages(all.at(0), 4 * PAGE_SIZE).is_err());
+        let private = Memory::new(PAGE_SIZE).expect("a page");
+        assert!(private.replace_pages(GuestAddress(0), PAGE_SIZE).is_err());
     }
 
     #[test]

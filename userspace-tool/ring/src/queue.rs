@@ -25,10 +25,15 @@ impl Queue {
     ///
     /// Those of [`Ring::new`].
     pub fn new(memory: &Memory, size: u16, event_idx: bool) -> Result<Self> {
-        Ok(Queue {
-            ring: Ring::new(memory, size, event_idx)?,
+        Ring::new(memory, size, event_idx).map(Self::with_ring)
+    }
+
+    /// Makes a queue with this ring, which is empty.
+    pub fn with_ring(ring: Ring) -> Self {
+        Queue {
+            ring,
             in_flight: HashMap::new(),
-        })
+        }
     }
 
     /// Adds a request, and returns the head of its chain. The device does not

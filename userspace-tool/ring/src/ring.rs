@@ -12,6 +12,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vhost::VhostBackend;
+use vhost::vhost_kern::vhost_binding::vhost_vring_addr;
 use vhost::vhost_user::Frontend;
 use virtio_bindings::virtio_ring::{
     VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
@@ -106,6 +107,50 @@ pub struct Used {
     pub len: u32,
 }
 
+/// The guest memory of a ring's three parts.
+#[derive(Debug)]
+pub struct Parts {
+    /// The descriptor table.
+    pub desc: Buffer,
+    /// The available ring.
+    pub avail: Buffer,
+    /// The used ring.
+    pub used: Buffer,
+}
+
+impl Parts {
+    /// Takes memory for a ring of `size` descriptors: a page or more for each part, so that a test
+    /// can protect one of them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfMemory`]
+    pub fn new(memory: &Memory, size: u16) -> Result<Self> {
+        let part = |len: usize| memory.alloc(len.next_multiple_of(PAGE_SIZE), PAGE_SIZE);
+        let [desc, avail, used] = Self::lengths(size, true);
+        Ok(Parts {
+            desc: part(desc)?,
+            avail: part(avail)?,
+            used: part(used)?,
+        })
+    }
+
+    /// How long they are, in bytes. Without event indices the two rings need no room for them.
+    pub fn lengths(size: u16, event_idx: bool) -> [usize; 3] {
+        let entries = usize::from(size);
+        let tail = if event_idx { 2 } else { 0 };
+        [
+            DESCRIPTOR_BYTES * entries,
+            4 + 2 * entries + tail,
+            4 + USED_ELEM_BYTES * entries + tail,
+        ]
+    }
+
+    fn all(&self) -> [&Buffer; 3] {
+        [&self.desc, &self.avail, &self.used]
+    }
+}
+
 /// What a chain in flight holds.
 #[derive(Debug)]
 struct Chain {
@@ -120,9 +165,10 @@ pub struct Ring {
     memory: Memory,
     size: u16,
     event_idx: bool,
-    desc: Buffer,
-    avail: Buffer,
-    used: Buffer,
+    parts: Parts,
+    /// The used index in memory and the one that it stands for, after a move until the device
+    /// writes it.
+    moved: Option<(u16, u16)>,
     kick: EventFd,
     call: EventFd,
     err: EventFd,
@@ -153,21 +199,29 @@ impl Ring {
     /// [`Error::Invalid`], if `size` is not a power of two up to [`MAX_SIZE`];
     /// [`Error::OutOfMemory`]; [`Error::System`], if an eventfd cannot be had.
     pub fn new(memory: &Memory, size: u16, event_idx: bool) -> Result<Self> {
+        Self::with_parts(memory, size, event_idx, Parts::new(memory, size)?)
+    }
+
+    /// As [`new`](Self::new), with its parts where the caller wants them. Indirect tables, and the
+    /// requests of a [`Queue`](crate::Queue), are in `memory`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new); [`Error::Invalid`], if a part is too short.
+    pub fn with_parts(memory: &Memory, size: u16, event_idx: bool, parts: Parts) -> Result<Self> {
         if !size.is_power_of_two() || size > MAX_SIZE {
             return Err(Error::Invalid(format!("ring of {size} descriptors")));
         }
+        check_lengths(&parts, size, event_idx)?;
         let entries = usize::from(size);
-        // A page for each part, so that a test can protect one of them.
-        let part = |len: usize| memory.alloc(len.next_multiple_of(PAGE_SIZE), PAGE_SIZE);
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::system("eventfd"));
         let (call, err) = (event()?, event()?);
         let mut ring = Ring {
             memory: memory.clone(),
             size,
             event_idx,
-            desc: part(DESCRIPTOR_BYTES * entries)?,
-            avail: part(6 + 2 * entries)?,
-            used: part(6 + 8 * entries)?,
+            parts,
+            moved: None,
             kick: event()?,
             call_poll: OnceLock::new(),
             err_poll: OnceLock::new(),
@@ -191,7 +245,7 @@ impl Ring {
     ///
     /// [`Error::Access`], if its memory was taken away.
     pub fn reset(&mut self, base: u16) -> Result<()> {
-        for part in [&self.desc, &self.avail, &self.used] {
+        for part in self.parts.all() {
             part.fill(0)?;
         }
         self.free = (0..self.size).rev().collect();
@@ -200,8 +254,9 @@ impl Ring {
         self.next_avail = base;
         self.published = base;
         self.last_used = base;
-        self.store_u16(self.avail.at(2), base)?;
-        self.store_u16(self.used.at(2), base)?;
+        self.moved = None;
+        self.store_u16(self.parts.avail.at(2), base)?;
+        self.store_u16(self.parts.used.at(2), base)?;
         // A fresh driver wants to hear of the first entry.
         if self.event_idx {
             self.set_used_event(base)?;
@@ -238,9 +293,9 @@ impl Ring {
         // A server looks for the ring at this process's addresses.
         let host = |part: &Buffer| self.memory.host_address(part.addr());
         let addresses = VringAddresses {
-            desc_table_addr: host(&self.desc)?,
-            used_ring_addr: host(&self.used)?,
-            avail_ring_addr: host(&self.avail)?,
+            desc_table_addr: host(&self.parts.desc)?,
+            used_ring_addr: host(&self.parts.used)?,
+            avail_ring_addr: host(&self.parts.avail)?,
             ..self.addresses()
         };
         said("SET_VRING_NUM", server.set_vring_num(index, self.size))?;
@@ -261,15 +316,59 @@ impl Ring {
         self.call = call;
     }
 
+    /// Moves the ring to other memory while the device runs and chains are in flight: copies it,
+    /// tells the device of ring `index` (`VHOST_SET_VRING_ADDR`), and goes on there. Returns the old
+    /// parts, which the device does not touch any more.
+    ///
+    /// What the device wrote to the old used ring meanwhile is taken over. It may have missed that
+    /// the copy of its wish to be kicked is old: kick it afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], if a part is too short; [`Error::Ioctl`], [`Error::Access`]: then the ring
+    /// is where it was.
+    pub fn move_to(&mut self, device: &Device, index: u32, parts: Parts) -> Result<Parts> {
+        check_lengths(&parts, self.size, self.event_idx)?;
+        let from = self.used_idx()?;
+        for (old, new) in self.parts.all().into_iter().zip(parts.all()) {
+            new.write(0, &old.read(0, old.len().min(new.len()))?)?;
+        }
+        parts.used.write(2, &from.to_le_bytes())?;
+        let memory = parts.desc.memory().clone();
+        let host = |part: &Buffer| part.memory().host_address(part.addr());
+        device.set_vring_user_addr(&vhost_vring_addr {
+            index,
+            flags: 0,
+            desc_user_addr: host(&parts.desc)?,
+            used_user_addr: host(&parts.used)?,
+            avail_user_addr: host(&parts.avail)?,
+            log_guest_addr: 0,
+        })?;
+
+        // What came between the copy and the move.
+        let to = self.used_idx()?;
+        let old = std::mem::replace(&mut self.parts, parts);
+        let mut at = from;
+        while at != to {
+            let offset = 4 + USED_ELEM_BYTES * usize::from(at & (self.size - 1));
+            let entry = old.used.read(offset, USED_ELEM_BYTES)?;
+            self.parts.used.write(offset, &entry)?;
+            at = at.wrapping_add(1);
+        }
+        self.moved = Some((from, to));
+        self.memory = memory;
+        Ok(old)
+    }
+
     /// Where its three parts are.
     pub fn addresses(&self) -> VringAddresses {
         VringAddresses {
             queue_max_size: self.size,
             queue_size: self.size,
             flags: 0,
-            desc_table_addr: self.desc.addr().0,
-            used_ring_addr: self.used.addr().0,
-            avail_ring_addr: self.avail.addr().0,
+            desc_table_addr: self.parts.desc.addr().0,
+            used_ring_addr: self.parts.used.addr().0,
+            avail_ring_addr: self.parts.avail.addr().0,
             log_addr: None,
         }
     }
@@ -291,17 +390,17 @@ impl Ring {
 
     /// The descriptor table.
     pub fn descriptor_table(&self) -> &Buffer {
-        &self.desc
+        &self.parts.desc
     }
 
     /// The available ring.
     pub fn avail_ring(&self) -> &Buffer {
-        &self.avail
+        &self.parts.avail
     }
 
     /// The used ring.
     pub fn used_ring(&self) -> &Buffer {
-        &self.used
+        &self.parts.used
     }
 
     /// The eventfd by which the driver kicks.
@@ -497,10 +596,10 @@ impl Ring {
         // device does the same the other way round.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let event = self.load_u16(self.used.at(4 + 8 * usize::from(self.size)))?;
+            let event = self.load_u16(self.parts.used.at(4 + 8 * usize::from(self.size)))?;
             Ok(need_event(event, self.published, old))
         } else {
-            let flags = self.load_u16(self.used.at(0))?;
+            let flags = self.load_u16(self.parts.used.at(0))?;
             Ok(self.published != old && flags & USED_F_NO_NOTIFY == 0)
         }
     }
@@ -528,13 +627,17 @@ impl Ring {
 
     // Taking used entries.
 
-    /// The used index in memory.
+    /// The used index in memory, or what it was where the ring was moved from, if that is more.
     ///
     /// # Errors
     ///
     /// [`Error::Access`], if the ring's memory was taken away.
     pub fn used_idx(&self) -> Result<u16> {
-        self.load_u16(self.used.at(2))
+        let index = self.load_u16(self.parts.used.at(2))?;
+        Ok(match self.moved {
+            Some((from, to)) if index == from => to,
+            _ => index,
+        })
     }
 
     /// Takes the next used entry, if there is one; the descriptors of its chain
@@ -545,11 +648,16 @@ impl Ring {
     /// [`Error::UnexpectedUsed`], for a chain that is not in flight; the entry
     /// is taken all the same.
     pub fn pop_used(&mut self) -> Result<Option<Used>> {
-        if self.used_idx()? == self.last_used {
+        let index = self.used_idx()?;
+        if index == self.last_used {
             return Ok(None);
         }
+        if self.moved.is_some_and(|(_, to)| index != to) {
+            // The device has written it.
+            self.moved = None;
+        }
         let slot = self.last_used & (self.size - 1);
-        let addr = self.used.at(4 + 8 * usize::from(slot));
+        let addr = self.parts.used.at(4 + 8 * usize::from(slot));
         let mut entry = [0; USED_ELEM_BYTES];
         self.memory.read(addr, &mut entry)?;
         let [id, len] = [0, 4]
@@ -663,7 +771,7 @@ impl Ring {
         if index >= self.size {
             return Err(Error::Invalid(format!("descriptor {index}")));
         }
-        self.write_table_entry(&self.desc, index, descriptor)
+        self.write_table_entry(&self.parts.desc, index, descriptor)
     }
 
     /// Reads a descriptor of the ring's table.
@@ -675,7 +783,7 @@ impl Ring {
         if index >= self.size {
             return Err(Error::Invalid(format!("descriptor {index}")));
         }
-        let addr = self.desc.at(DESCRIPTOR_BYTES * usize::from(index));
+        let addr = self.parts.desc.at(DESCRIPTOR_BYTES * usize::from(index));
         self.memory
             .map()
             .read_obj(addr)
@@ -708,7 +816,7 @@ impl Ring {
     /// [`Error::Access`], if the ring's memory was taken away.
     pub fn write_avail_entry(&self, index: u16, head: u16) -> Result<()> {
         let slot = usize::from(index & (self.size - 1));
-        self.store_u16(self.avail.at(4 + 2 * slot), head)
+        self.store_u16(self.parts.avail.at(4 + 2 * slot), head)
     }
 
     /// Writes the available index, whatever was added.
@@ -718,7 +826,7 @@ impl Ring {
     /// [`Error::Access`], if the ring's memory was taken away.
     pub fn set_avail_idx(&mut self, index: u16) -> Result<()> {
         self.published = index;
-        self.store_u16(self.avail.at(2), index)
+        self.store_u16(self.parts.avail.at(2), index)
     }
 
     /// Writes the flags of the available ring.
@@ -727,7 +835,7 @@ impl Ring {
     ///
     /// [`Error::Access`], if the ring's memory was taken away.
     pub fn set_avail_flags(&self, flags: u16) -> Result<()> {
-        self.store_u16(self.avail.at(0), flags)
+        self.store_u16(self.parts.avail.at(0), flags)
     }
 
     /// Writes `used_event`: the used index at whose entry the driver wants to be
@@ -737,7 +845,7 @@ impl Ring {
     ///
     /// [`Error::Access`], if the ring's memory was taken away.
     pub fn set_used_event(&self, index: u16) -> Result<()> {
-        self.store_u16(self.avail.at(4 + 2 * usize::from(self.size)), index)
+        self.store_u16(self.parts.avail.at(4 + 2 * usize::from(self.size)), index)
     }
 
     /// Forgets all chains in flight, as a driver does that resets its device;
@@ -766,6 +874,18 @@ impl Ring {
             .store(value, addr, Ordering::Release)
             .map_err(Error::access(addr, size_of::<T>()))
     }
+}
+
+fn check_lengths(parts: &Parts, size: u16, event_idx: bool) -> Result<()> {
+    for (part, needed) in parts.all().into_iter().zip(Parts::lengths(size, event_idx)) {
+        if part.len() < needed {
+            return Err(Error::Invalid(format!(
+                "{} bytes for a part of a ring that needs {needed}",
+                part.len()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Whether an index that went from `old` to `new` passed `event`, and a
@@ -943,11 +1063,11 @@ pub(crate) mod tests {
         assert_eq!(ring.free_descriptors(), 8);
         // Again, and beyond the table.
         for id in [a, 8] {
-            let addr = ring.used.at(4 + 8 * usize::from(ring.last_used & 7));
+            let addr = ring.parts.used.at(4 + 8 * usize::from(ring.last_used & 7));
             memory
                 .write(addr, &u64::from(id).to_le_bytes())
                 .expect("memory is there");
-            ring.store_u16(ring.used.at(2), ring.last_used + 1)
+            ring.store_u16(ring.parts.used.at(2), ring.last_used + 1)
                 .expect("memory is there");
             assert!(matches!(
                 ring.pop_used(),
