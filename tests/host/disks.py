@@ -145,6 +145,23 @@ class ScsiDebug(Disk):
         sh("rmmod", "scsi_debug")
 
 
+class Ext4(Disk):
+    """An ext4 filesystem on another disk, which it closes at its end, mounted at `path`."""
+
+    def __init__(self, lower):
+        self.lower = lower
+        self.kind = f"ext4 on {lower.kind}"
+        self.path = f"/run/ext4-{time.monotonic_ns()}"
+        sh("mkfs.ext4", "-q", lower.path)
+        os.mkdir(self.path)
+        sh("mount", "-t", "ext4", lower.path, self.path)
+
+    def close(self):
+        sh("umount", self.path)
+        os.rmdir(self.path)
+        self.lower.close()
+
+
 class Mapped(Disk):
     """A device-mapper device over another disk, which it closes at its end.
 

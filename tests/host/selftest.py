@@ -12,7 +12,7 @@ import sys
 import time
 
 import ktap
-from disks import Brd, Delay, HalfBad, Loop, NullBlk, ScsiDebug, sh
+from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, sh
 from ktap import Log, Test, say
 
 NODE = "/dev/vhost-blk"
@@ -99,9 +99,10 @@ def test_reload():
 def selftest():
     """The programs of the ioctl interface and of known defects."""
     load()
-    with Brd() as disk, Delay(NullBlk(size=16), 600, 600) as slow, HalfBad(NullBlk(size=16)) as bad:
+    with Brd() as disk, Delay(NullBlk(size=16), 600, 600) as slow, \
+            HalfBad(NullBlk(size=16)) as bad, Ext4(NullBlk()) as folder:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
-                     "--slow-disk", slow.path, "--bad-disk", bad.path)
+                     "--slow-disk", slow.path, "--bad-disk", bad.path, "--folder", folder.path)
 
 
 def later():
@@ -110,6 +111,18 @@ def later():
     with NullBlk(irqmode=2, nsec=50000) as disk:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
                      "--only=request.")
+
+
+def placement(*only, parameters=()):
+    """A test of rings, memory and eventfds in unusual places."""
+    def run():
+        load(*parameters)
+        with NullBlk(irqmode=2, nsec=50000) as disk, \
+                Delay(NullBlk(size=16), 600, 600) as slow, Ext4(NullBlk()) as folder:
+            ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
+                         "--slow-disk", slow.path, "--folder", folder.path,
+                         *(f"--only=placement.{name}" for name in only or [""]))
+    return run
 
 
 def exercise(make, *arguments, parameters=()):
@@ -202,9 +215,11 @@ TESTS = [
     Test("the module is loaded and unloaded 10 times", test_reload, prints=20),
     Test("the module is loaded for what follows", load, prints=1),
     Test("the ioctl interface, and known defects of an earlier driver", selftest),
+    Test("rings and eventfds moved, on a disk that completes later",
+         placement("rings_moved_under_load", "late_call")),
     Test("exercise: null_blk irqmode=0", exercise(NullBlk, *TASK)),
-    Test("exercise: null_blk irqmode=1, kthread workers",
-         exercise(lambda: NullBlk(irqmode=1), *KTHREAD)),
+    Test("exercise: null_blk irqmode=1, completed in a softirq, kthread workers",
+         exercise(lambda: NullBlk(irqmode=1, queues=1), *KTHREAD)),
     Test("exercise: null_blk irqmode=2, a worker for each queue",
          exercise(lambda: NullBlk(irqmode=2), *TASK, "--workers=per-queue")),
     Test("exercise: brd", exercise(Brd, *TASK)),
@@ -222,6 +237,10 @@ TESTS = [
     Test("the module is loaded again, to complete requests without a worker",
          lambda: load(*DIRECT), prints=2),
     Test("the same requests, completed in an interrupt", later),
+    Test("rings, memory and eventfds moved, completed without a worker",
+         placement(parameters=DIRECT)),
+    Test("exercise: null_blk irqmode=1, completed in a softirq without a worker",
+         exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=DIRECT)),
     Test("exercise: null_blk irqmode=2, completed in an interrupt",
          exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
     Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),

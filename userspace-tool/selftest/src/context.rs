@@ -77,6 +77,7 @@ pub(crate) struct Context {
     disk: PathBuf,
     slow_disk: Option<PathBuf>,
     bad_disk: Option<PathBuf>,
+    folder: Option<PathBuf>,
 }
 
 impl Context {
@@ -85,12 +86,14 @@ impl Context {
         disk: PathBuf,
         slow_disk: Option<PathBuf>,
         bad_disk: Option<PathBuf>,
+        folder: Option<PathBuf>,
     ) -> Self {
         Context {
             device,
             disk,
             slow_disk,
             bad_disk,
+            folder,
         }
     }
 
@@ -180,6 +183,14 @@ impl Context {
         }
     }
 
+    /// A folder on a filesystem that has a disk. Without one, the test is skipped.
+    pub(crate) fn folder(&self) -> Result<&Path> {
+        match &self.folder {
+            Some(path) => Ok(path),
+            None => skip("needs --folder"),
+        }
+    }
+
     /// What the device says of the disk.
     pub(crate) fn info(&self) -> Result<Info> {
         let disk = self.disk_read_only()?;
@@ -215,6 +226,9 @@ impl Context {
         }
         if let Some(bad_disk) = &self.bad_disk {
             command.arg("--bad-disk").arg(bad_disk);
+        }
+        if let Some(folder) = &self.folder {
+            command.arg("--folder").arg(folder);
         }
         Ok(command)
     }

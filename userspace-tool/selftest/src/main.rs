@@ -14,6 +14,7 @@ mod disk;
 mod kmsg;
 mod lifecycle;
 mod memory;
+mod placement;
 mod request_defects;
 mod requests;
 mod ring_defects;
@@ -53,6 +54,9 @@ struct Args {
     /// and dm-error), 4 MiB or more, overwritten; without it some tests are skipped
     #[arg(long, value_name = "DISK")]
     bad_disk: Option<PathBuf>,
+    /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
+    #[arg(long, value_name = "FOLDER")]
+    folder: Option<PathBuf>,
     /// Run only tests whose name contains this; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -76,6 +80,7 @@ fn tests() -> Vec<&'static Test> {
         ring_defects::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
+        placement::TESTS,
     ]
     .into_iter()
     .flatten()
@@ -98,7 +103,13 @@ fn main() -> ExitCode {
         eprintln!("selftest: --disk is needed");
         return ExitCode::from(2);
     };
-    let context = Context::new(args.device, disk, args.slow_disk, args.bad_disk);
+    let context = Context::new(
+        args.device,
+        disk,
+        args.slow_disk,
+        args.bad_disk,
+        args.folder,
+    );
     if let Some(name) = args.run_test {
         return runner::run_here(&context, &tests(), &name);
     }
