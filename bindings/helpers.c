@@ -109,6 +109,21 @@ bool rust_helper_llist_empty(struct llist_head *head)
 	return llist_empty(head);
 }
 
+u64 rust_helper_local_clock(void)
+{
+	return local_clock();
+}
+
+bool rust_helper_need_resched(void)
+{
+	return need_resched();
+}
+
+bool rust_helper_need_resched_lazy(void)
+{
+	return test_thread_flag(TIF_NEED_RESCHED_LAZY);
+}
+
 bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit)
 {
 	return vhost_has_feature(vq, bit);

@@ -5,6 +5,8 @@
 
 #include <linux/blkdev.h>
 #include <linux/llist.h>
+#include <linux/sched.h>
+#include <linux/sched/clock.h>
 #include <linux/spinlock.h>
 
 struct vhost_virtqueue;
@@ -29,6 +31,10 @@ void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
 bool rust_helper_llist_empty(struct llist_head *head);
+
+u64 rust_helper_local_clock(void);
+bool rust_helper_need_resched(void);
+bool rust_helper_need_resched_lazy(void);
 
 bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit);
 bool rust_helper_vhost_is_little_endian(struct vhost_virtqueue *vq);

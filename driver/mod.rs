@@ -4,17 +4,20 @@
 //!
 //! A kick leads to `queue`, which fetches chains and has `submit` turn each into a request and bios (`rest`
 //! has what does not fit one bio);
-//! `complete` takes finished bios to the used ring. `device` is what user space sees. `request` and
-//! `transfer` are pure code, which the user-space tests compile too.
+//! `complete` takes finished bios to the used ring. `poll` looks for more of both before the worker sleeps.
+//! `device` is what user space sees. `request`, `transfer` and `window` are pure code, which the user-space
+//! tests compile too.
 
 #![deny(unsafe_code)]
 
 mod complete;
 mod device;
+mod poll;
 mod queue;
 mod request;
 mod rest;
 mod submit;
 mod transfer;
+mod window;
 
 pub(crate) use device::Device;

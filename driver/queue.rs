@@ -5,11 +5,13 @@
 use super::{
     complete,
     device::Settings,
+    poll,
     rest::Rest,
     submit::{
         self,
         Batch, //
     },
+    window::Window, //
 };
 use crate::bindings::{
     block,
@@ -17,6 +19,7 @@ use crate::bindings::{
         Completion,
         Idle,
         Operations,
+        Turn,
         Virtqueue,
         VirtqueueGuard, //
     },
@@ -37,6 +40,10 @@ pub(crate) struct Queue {
     pub(super) starved: bool,
     /// Requests that are being bounced.
     pub(super) bouncing: usize,
+    /// How long to poll when there is nothing to do.
+    pub(super) window: Window,
+    /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
+    pub(super) idle_since: Option<u64>,
 }
 
 impl Queue {
@@ -45,6 +52,8 @@ impl Queue {
             settings,
             starved: false,
             bouncing: 0,
+            window: Window::default(),
+            idle_since: None,
         }
     }
 
@@ -52,6 +61,8 @@ impl Queue {
     pub(super) fn reset(&mut self) {
         self.starved = false;
         self.bouncing = 0;
+        self.window = Window::default();
+        self.idle_since = None;
     }
 }
 
@@ -69,27 +80,34 @@ pub(crate) struct InFlight {
 impl Operations for Queue {
     type Request = InFlight;
 
-    fn handle_kick(vq: &Virtqueue<Self>) {
-        run(&mut vq.lock());
+    fn handle_kick(vq: &Virtqueue<Self>, turn: &Turn) {
+        let mut guard = vq.lock();
+        poll::woken(&mut guard);
+        run(&mut guard, turn);
     }
 
     fn handle_completions(guard: &mut VirtqueueGuard<'_, Self>) {
         complete::completions(guard);
     }
 
-    fn handle_completion_work(vq: &Virtqueue<Self>) {
+    fn handle_completion_work(vq: &Virtqueue<Self>, turn: &Turn) {
         let mut guard = vq.lock();
+        poll::woken(&mut guard);
         complete::completions(&mut guard);
-        if core::mem::take(&mut guard.data_mut().starved) {
-            run(&mut guard);
+        let starved = core::mem::take(&mut guard.data_mut().starved);
+        if starved || poll::window(&guard) != 0 {
+            run(&mut guard, turn);
+        } else {
+            poll::idle(&mut guard);
         }
     }
 }
 
 /// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had.
 ///
-/// What completes within its own submission is completed here, before the worker sleeps.
-fn run(guard: &mut VirtqueueGuard<'_, Queue>) {
+/// What completes within its own submission is completed here, before the worker sleeps, and so is what comes
+/// while it polls.
+fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
     let mut batch = Batch::default();
     let Some(mut ring) = guard.disable_notify() else {
         return;
@@ -100,10 +118,16 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>) {
         complete::completions(ring.guard());
 
         match end {
-            submit::End::Empty => match ring.enable() {
-                Idle::Yes => return,
-                Idle::No(again) => ring = again,
-            },
+            submit::End::Empty => {
+                if poll::poll(&mut ring, turn) {
+                    continue;
+                }
+                match ring.enable() {
+                    Idle::Yes => return,
+                    Idle::No(again) => ring = again,
+                }
+                poll::work_came(ring.guard());
+            }
             submit::End::Weight => return ring.requeue(),
             submit::End::Turn => (),
             submit::End::NoMemory => {

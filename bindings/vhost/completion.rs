@@ -200,13 +200,19 @@ impl CompletionList {
     pub(super) unsafe fn leave(&self, caller_waits: bool) {
         self.consuming.store(false, ordering::Relaxed);
         smp_mb();
-        // SAFETY: The list is initialised.
-        if !unsafe { raw::rust_helper_llist_empty(self.list.get()) } {
+        if !self.is_empty() {
             self.call_consumer();
         } else if !caller_waits && self.waiting.load(ordering::Relaxed) {
             // SAFETY: `wake` is initialised.
             unsafe { raw::complete(self.wake.get()) };
         }
+    }
+
+    /// Whether there is nothing to take now.
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        // SAFETY: The list is initialised.
+        unsafe { raw::rust_helper_llist_empty(self.list.get()) }
     }
 
     /// Takes all nodes, oldest first; null if there are none.
@@ -216,13 +222,11 @@ impl CompletionList {
     /// The caller holds the virtqueue's mutex.
     #[inline]
     pub(super) unsafe fn take_all(&self) -> *mut raw::llist_node {
-        // SAFETY: The list is initialised; what is taken off is the caller's alone.
-        unsafe {
-            if raw::rust_helper_llist_empty(self.list.get()) {
-                return core::ptr::null_mut();
-            }
-            raw::llist_reverse_order(raw::rust_helper_llist_del_all(self.list.get()))
+        if self.is_empty() {
+            return core::ptr::null_mut();
         }
+        // SAFETY: The list is initialised; what is taken off is the caller's alone.
+        unsafe { raw::llist_reverse_order(raw::rust_helper_llist_del_all(self.list.get())) }
     }
 
     /// Says that somebody is going to [`CompletionList::wait`], from now on or no longer. Said

@@ -109,13 +109,18 @@ impl<T: Operations> Device<T> {
     }
 
     /// Takes the device's mutex. Context: may sleep, as long as another ioctl takes.
+    ///
+    /// Workers that poll leave off, and no other begins while anybody has or waits for the mutex: to take
+    /// a virtqueue's mutex does not wait for them.
     pub(crate) fn lock(&self) -> DeviceGuard<'_, T> {
+        let quiet = Quiet::new(&self.virtqueues);
         // SAFETY: By the type invariant the device, and so its mutex, is initialised.
         let mutex: &Lock<(), MutexBackend> =
             unsafe { Lock::from_raw(&raw mut (*self.raw.get()).mutex) };
         DeviceGuard {
             device: self,
             _guard: mutex.lock(),
+            _quiet: quiet,
         }
     }
 
@@ -200,8 +205,10 @@ extern "C" fn no_iotlb(
 #[pinned_drop]
 impl<T: Operations> PinnedDrop for Device<T> {
     fn drop(self: Pin<&mut Self>) {
+        let quiet = Quiet::new(&self.virtqueues);
         // The owner's address space may be gone.
         self.stop(true);
+        drop(quiet);
         // SAFETY: The device is initialised. Nothing is in flight, so nobody queues work any more
         // once the eventfds are not polled; then the workers are flushed and freed.
         unsafe {
@@ -215,6 +222,27 @@ impl<T: Operations> PinnedDrop for Device<T> {
 pub(crate) struct DeviceGuard<'a, T: Operations> {
     device: &'a Device<T>,
     _guard: Guard<'a, (), MutexBackend>,
+    _quiet: Quiet<'a, T>,
+}
+
+/// No worker polls any of these virtqueues, or it is about to leave off.
+struct Quiet<'a, T: Operations>(&'a [Pin<VBox<Virtqueue<T>>>]);
+
+impl<'a, T: Operations> Quiet<'a, T> {
+    fn new(virtqueues: &'a [Pin<VBox<Virtqueue<T>>>]) -> Self {
+        for vq in virtqueues {
+            vq.wanted().add(1);
+        }
+        Self(virtqueues)
+    }
+}
+
+impl<T: Operations> Drop for Quiet<'_, T> {
+    fn drop(&mut self) {
+        for vq in self.0 {
+            vq.wanted().add(-1);
+        }
+    }
 }
 
 impl<'a, T: Operations> DeviceGuard<'a, T> {

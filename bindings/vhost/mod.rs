@@ -4,6 +4,7 @@
 //!
 //! C header: `drivers/vhost/vhost.h`, of the kernel that the module is built for.
 
+mod busy_poll;
 mod chain;
 mod completion;
 mod device;
@@ -12,6 +13,7 @@ mod request;
 mod used_ring;
 mod virtqueue;
 
+pub(crate) use busy_poll::{busy_clock, Turn};
 pub(crate) use chain::{Completion, DescChain, Outcomes};
 pub(crate) use completion::CompletionList;
 pub(crate) use device::{Device, DeviceGuard};

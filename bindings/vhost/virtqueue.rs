@@ -5,6 +5,11 @@
 //! C header: `drivers/vhost/vhost.h`.
 
 use super::{
+    busy_poll::{
+        self,
+        Turn,
+        Wanted, //
+    },
     chain::Completion,
     completion::CompletionList,
     fetch::{
@@ -73,7 +78,7 @@ pub(crate) trait Operations: Sized + Send + 'static {
     /// Called in the virtqueue's worker when the guest added buffers.
     ///
     /// Context: process context in the owner's address space; may sleep.
-    fn handle_kick(vq: &Virtqueue<Self>);
+    fn handle_kick(vq: &Virtqueue<Self>, turn: &Turn);
 
     /// Completes the requests that are done. Called by whoever stops the device.
     ///
@@ -84,7 +89,7 @@ pub(crate) trait Operations: Sized + Send + 'static {
     /// for that.
     ///
     /// Context: process context in the owner's address space; may sleep.
-    fn handle_completion_work(vq: &Virtqueue<Self>);
+    fn handle_completion_work(vq: &Virtqueue<Self>, turn: &Turn);
 }
 
 /// What the mutex of a virtqueue protects.
@@ -127,6 +132,7 @@ pub(crate) struct Virtqueue<T: Operations> {
     completions: CompletionList,
     #[pin]
     bios: BioSet,
+    wanted: Wanted,
     inner: UnsafeCell<Inner<T>>,
 }
 
@@ -165,6 +171,7 @@ impl<T: Operations> Virtqueue<T> {
                 CompletionList::new(this.as_ptr().cast(), Self::completion_callback)
             },
             bios <- BioSet::new(),
+            wanted: Wanted::new(),
             inner: UnsafeCell::new(Inner {
                 data,
                 backend: None,
@@ -205,7 +212,8 @@ impl<T: Operations> Virtqueue<T> {
         let poll = kernel::container_of!(work, raw::vhost_poll, work);
         // SAFETY: The work is part of a `struct vhost_poll`, whose `vq` `vhost_dev_init()` set. A
         // device is not freed before its workers are.
-        T::handle_kick(unsafe { Self::from_raw((*poll).vq) });
+        let (vq, turn) = unsafe { (Self::from_raw((*poll).vq), Turn::new(work)) };
+        T::handle_kick(vq, &turn);
     }
 
     /// Called by the core in the worker when the completion list filled.
@@ -216,9 +224,12 @@ impl<T: Operations> Virtqueue<T> {
     unsafe extern "C" fn completion_callback(work: *mut raw::vhost_work) {
         // SAFETY: The caller promises that the work is part of a completion list, whose virtqueue is
         // not freed before its device's workers are.
-        let vq = unsafe { Self::from_raw(CompletionList::virtqueue_of(work)) };
+        let (vq, turn) = unsafe {
+            let vq = CompletionList::virtqueue_of(work);
+            (Self::from_raw(vq), Turn::new(work))
+        };
         vq.completions.set_wanted(false);
-        T::handle_completion_work(vq);
+        T::handle_completion_work(vq, &turn);
     }
 
     /// Takes the virtqueue's mutex. Context: may sleep.
@@ -248,6 +259,11 @@ impl<T: Operations> Virtqueue<T> {
     /// The list of completed requests.
     pub(super) fn completions(&self) -> &CompletionList {
         &self.completions
+    }
+
+    /// Who wants the mutex, so that nobody polls meanwhile.
+    pub(super) fn wanted(&self) -> &Wanted {
+        &self.wanted
     }
 
     fn bios(&self) -> Pin<&BioSet> {
@@ -514,6 +530,44 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // SAFETY: The mutex is held; a backend runs, so the rings are set up.
         unsafe { raw::vhost_disable_notify((*raw).dev, raw) };
         Some(NotifyDisabled::new(self))
+    }
+
+    /// For how long user space wants the worker to poll before it sleeps, in microseconds; 0 for not at
+    /// all.
+    #[inline]
+    pub(crate) fn busyloop_timeout(&self) -> u32 {
+        // SAFETY: The mutex is held, under which the core changes it.
+        unsafe { (*self.vq.as_raw()).busyloop_timeout }
+    }
+
+    /// Whether a worker that polls has to stop: the processor, the worker or the virtqueue is wanted by
+    /// others.
+    #[inline]
+    pub(crate) fn should_yield(&self) -> bool {
+        self.vq.wanted.is_wanted()
+            // SAFETY: The virtqueue is initialised.
+            || unsafe { raw::vhost_vq_has_work(self.vq.as_raw()) }
+            || busy_poll::should_leave_processor()
+    }
+
+    /// Whether there is nothing in the available ring that was not fetched. If that cannot be told, there
+    /// is: fetching says what is wrong.
+    #[inline]
+    pub(crate) fn avail_empty(&mut self) -> bool {
+        if !self.is_running() || self.inner().broken {
+            return true;
+        }
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held; a backend runs, so the rings are set up.
+        unsafe { raw::vhost_vq_avail_empty((*raw).dev, raw) }
+    }
+
+    /// Whether [`VirtqueueGuard::next_completed`] has something to take.
+    #[inline]
+    pub(crate) fn has_completed(&self) -> bool {
+        let inner = self.inner();
+        let none = inner.completed.is_null() && self.vq.completions.is_empty();
+        !none && !inner.abandoned
     }
 
     /// Takes the next request whose bios are done, oldest first.

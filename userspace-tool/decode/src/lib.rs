@@ -12,8 +12,13 @@ mod request;
 #[cfg(test)]
 #[path = "../../../driver/transfer.rs"]
 mod transfer;
+#[cfg(test)]
+#[path = "../../../driver/window.rs"]
+mod window;
 
 #[cfg(test)]
 mod request_tests;
 #[cfg(test)]
 mod transfer_tests;
+#[cfg(test)]
+mod window_tests;
