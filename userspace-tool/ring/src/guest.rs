@@ -42,6 +42,8 @@ pub struct Options {
     pub workers: Workers,
     /// What the workers are; by default what the kernel makes them.
     pub worker_mode: Option<WorkerMode>,
+    /// For how long the workers may poll before they sleep, microseconds.
+    pub busyloop_timeout: u32,
     /// Whether reading a call eventfd blocks ([`Ring::set_call_event`](crate::Ring::set_call_event)).
     pub blocking_calls: bool,
     /// What `VIRTIO_BLK_T_GET_ID` returns.
@@ -61,6 +63,7 @@ impl Default for Options {
             features: !(feature::RO | feature::NOTIFY_ON_EMPTY | feature::LOG_ALL),
             workers: Workers::Shared,
             worker_mode: None,
+            busyloop_timeout: 0,
             blocking_calls: false,
             serial: None,
         }
@@ -120,6 +123,9 @@ impl Guest {
                 queue.ring.set_call_event(blocking_event()?);
             }
             queue.ring.set_up(&device, index, options.base)?;
+            if options.busyloop_timeout != 0 {
+                device.set_vring_busyloop_timeout(index, options.busyloop_timeout)?;
+            }
             // The core has made the first worker and given it to all queues.
             if options.workers == Workers::PerQueue && index > 0 {
                 let worker = device.new_worker()?;

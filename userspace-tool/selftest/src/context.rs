@@ -78,6 +78,7 @@ pub(crate) struct Context {
     slow_disk: Option<PathBuf>,
     bad_disk: Option<PathBuf>,
     folder: Option<PathBuf>,
+    poll_us: u32,
 }
 
 impl Context {
@@ -87,6 +88,7 @@ impl Context {
         slow_disk: Option<PathBuf>,
         bad_disk: Option<PathBuf>,
         folder: Option<PathBuf>,
+        poll_us: u32,
     ) -> Self {
         Context {
             device,
@@ -94,6 +96,7 @@ impl Context {
             slow_disk,
             bad_disk,
             folder,
+            poll_us,
         }
     }
 
@@ -111,6 +114,7 @@ impl Context {
     pub(crate) fn options(&self) -> Options {
         Options {
             path: self.device.clone(),
+            busyloop_timeout: self.poll_us,
             ..Options::default()
         }
     }
@@ -230,6 +234,7 @@ impl Context {
         if let Some(folder) = &self.folder {
             command.arg("--folder").arg(folder);
         }
+        command.arg("--poll-us").arg(self.poll_us.to_string());
         Ok(command)
     }
 

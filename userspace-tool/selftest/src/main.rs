@@ -57,6 +57,9 @@ struct Args {
     /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// For how long the workers may poll before they sleep; 0 for not at all
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    poll_us: u32,
     /// Run only tests whose name contains this; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -109,6 +112,7 @@ fn main() -> ExitCode {
         args.slow_disk,
         args.bad_disk,
         args.folder,
+        args.poll_us,
     );
     if let Some(name) = args.run_test {
         return runner::run_here(&context, &tests(), &name);

@@ -104,6 +104,9 @@ pub(crate) struct ExerciseArgs {
     /// What the workers are [default: what the kernel makes them]
     #[arg(long, value_enum)]
     pub(crate) worker_mode: Option<WorkerModeArg>,
+    /// For how long the workers may poll before they sleep; 0 for not at all
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    pub(crate) poll_us: u32,
     /// How long a request may take, seconds
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..))]
@@ -274,6 +277,9 @@ pub(crate) struct BenchArgs {
     /// What the workers are [default: what the kernel makes them]
     #[arg(long, value_enum)]
     pub(crate) worker_mode: Option<WorkerModeArg>,
+    /// For how long the workers of vhost-blk may poll before they sleep; 0 for not at all
+    #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
+    pub(crate) poll_us: u32,
     /// Use only the first BYTES of the disk; k, M and G may follow [default: all of it]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) range: Option<u64>,
@@ -334,6 +340,10 @@ impl BenchArgs {
         ensure!(
             module || (self.worker_mode.is_none() && matches!(self.workers, WorkersArg::Shared)),
             "--workers and --worker-mode are for --path vhost-blk"
+        );
+        ensure!(
+            module || self.poll_us == 0,
+            "--poll-us is for --path vhost-blk"
         );
         ensure!(
             path == PathArg::FrontEnd || self.batch.is_none(),
@@ -546,6 +556,10 @@ mod tests {
             (
                 "--path io_uring --disk x --rw read --count 1 --worker-mode task",
                 "vhost-blk",
+            ),
+            (
+                "--path front-end --rw read --count 1 --poll-us 50",
+                "--poll-us is for",
             ),
             (
                 "--path io_uring --disk x --rw read --count 1 --batch 1",

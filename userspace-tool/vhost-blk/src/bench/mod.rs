@@ -173,6 +173,7 @@ fn options(args: &BenchArgs, path: &Path) -> Options {
         features,
         workers: args.workers.into(),
         worker_mode: args.worker_mode.map(Into::into),
+        busyloop_timeout: args.poll_us,
         blocking_calls: true,
         ..Options::default()
     }

@@ -125,6 +125,7 @@ impl<'a> Context<'a> {
             memory: MEMORY,
             workers: self.args.workers.into(),
             worker_mode: self.args.worker_mode.map(Into::into),
+            busyloop_timeout: self.args.poll_us,
             ..Options::default()
         }
     }
