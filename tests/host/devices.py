@@ -121,10 +121,11 @@ def test_monitor():
 
 
 def test_options():
-    """A guest with a disk for each option: read-only, one queue, legacy, vhostfd, workers."""
+    """A guest with a disk for each option: read-only, one queue, legacy, vhostfd, workers, polls."""
     disks = [NullBlk(), NullBlk(), NullBlk(), NullBlk(irqmode=1), NullBlk(block_size=4096)]
     vhost = os.open("/dev/vhost-blk", os.O_RDWR)
-    choices = ["", "num-queues=1,disable-modern=on", "worker_per_virtqueue=on,write-cache=off",
+    choices = ["", "num-queues=1,disable-modern=on",
+               "worker_per_virtqueue=on,poll-us=100,write-cache=off",
                f"vhostfd={vhost},num-queues=4,queue-size=1024", "disable-legacy=on,queue-size=16"]
     args = []
     for number, (disk, choice) in enumerate(zip(disks, choices)):
