@@ -125,6 +125,14 @@ def placement(*only, parameters=()):
     return run
 
 
+def polled():
+    """Requests, starts and stops, with workers that poll."""
+    load()
+    with NullBlk(irqmode=2, nsec=50000) as disk:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path, POLL,
+                     "--only=request.", "--only=life.")
+
+
 def exercise(make, *arguments, parameters=()):
     """A test of `vhost-blk exercise` on a disk that `make` makes."""
     def run():
@@ -135,6 +143,8 @@ def exercise(make, *arguments, parameters=()):
 
 
 DIRECT = ("direct_completion=1",)
+# Longer than most of what it waits for: even an emulated host then polls for much of the time.
+POLL = "--poll-us=500"
 WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
 TASK = (*WRITE, "--worker-mode=task")
 KTHREAD = (*WRITE, "--worker-mode=kthread")
@@ -161,13 +171,21 @@ def test_read_only():
             sh("blockdev", "--setrw", disk.path)
 
 
-def test_stop_in_flight():
+def test_stop_in_flight(*arguments):
     """Stop and release with requests in flight, dm-delay of 10 ms."""
     load(*PARAMETERS)
     # Each request is in flight long enough; what compares reads the same slow disk.
     with Delay(NullBlk(), 10, 10) as disk:
         ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE,
-                     "--only=stop", "--timeout=60")
+                     "--only=stop", "--timeout=60", *arguments)
+
+
+def stop_polled():
+    """Stop and release with requests in flight, while workers poll."""
+    test_stop_in_flight(POLL)
+    with NullBlk(irqmode=2, nsec=200000) as disk:
+        ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE,
+                     "--only=stop", "--timeout=60", POLL)
 
 
 def killed(*arguments):
@@ -234,6 +252,14 @@ TESTS = [
     test_stop_in_flight,
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread")),
+    Test("requests, starts and stops, with workers that poll", polled),
+    Test("exercise: null_blk irqmode=2, a worker that polls",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, POLL)),
+    Test("exercise: null_blk irqmode=1, a polling worker for each queue",
+         exercise(lambda: NullBlk(irqmode=1), *TASK, "--workers=per-queue", POLL)),
+    Test("exercise: loop, a kthread worker that polls", exercise(Loop, *KTHREAD, POLL)),
+    Test("Stop and release with requests in flight, while workers poll", stop_polled),
+    Test("killed with requests in flight, while workers poll", killed(POLL)),
     Test("the module is loaded again, to complete requests without a worker",
          lambda: load(*DIRECT), prints=2),
     Test("the same requests, completed in an interrupt", later),
@@ -245,6 +271,8 @@ TESTS = [
          exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
     Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),
     Test("Stop and release with requests in flight, without a worker", test_stop_in_flight),
+    Test("exercise: null_blk irqmode=2, completed in an interrupt unless the worker polls",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=DIRECT)),
     Test("no page is left pinned, and the module can go", test_pins, prints=1),
     test_dmesg,
 ]
