@@ -45,7 +45,7 @@ class Disk:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self.path} did not appear")
             time.sleep(0.1)
-        sh("udevadm", "settle", "--timeout=30")
+        sh("udevadm", "settle", "--timeout=100")
 
 
 class NullBlk(Disk):
@@ -101,7 +101,7 @@ class Brd(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=30")
+        sh("udevadm", "settle", "--timeout=100")
         sh("rmmod", "brd")
 
 
@@ -141,7 +141,7 @@ class ScsiDebug(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=30")
+        sh("udevadm", "settle", "--timeout=100")
         sh("rmmod", "scsi_debug")
 
 
@@ -180,7 +180,7 @@ class Mapped(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=30")
+        sh("udevadm", "settle", "--timeout=100")
         sh("dmsetup", "remove", self.name)
         self.lower.close()
 
