@@ -68,6 +68,7 @@ pub(super) fn poll(ring: &mut NotifyDisabled<'_, '_, Queue>, turn: &Turn) -> boo
             if guard.has_completed() {
                 break;
             }
+            // Has to be fetched: enabling notifications does not report again what was seen here.
             if !guard.avail_empty() {
                 work_came(guard);
                 return true;

@@ -13,8 +13,8 @@ pub(crate) const START: u64 = 4000;
 /// For how long the next idle virtqueue is polled.
 ///
 /// It grows as long as work comes within the time that user space allows, whether polling found it or
-/// it woke the worker, and shrinks to nothing as soon as work takes longer. So what was polled in
-/// vain is less than what was waited for, and an idle virtqueue costs nothing.
+/// it woke the worker, and shrinks to nothing as soon as work takes longer: a virtqueue that falls
+/// idle is polled in vain once.
 #[derive(Default)]
 pub(crate) struct Window {
     ns: u64,

@@ -207,11 +207,12 @@ impl<T: Operations> Virtqueue<T> {
     ///
     /// # Safety
     ///
-    /// `work` must be that of the poll structure of a `Virtqueue<T>`.
+    /// Only for the core's worker, with the work that it takes: that of the poll structure of a
+    /// `Virtqueue<T>`.
     unsafe extern "C" fn kick_callback(work: *mut raw::vhost_work) {
         let poll = kernel::container_of!(work, raw::vhost_poll, work);
         // SAFETY: The work is part of a `struct vhost_poll`, whose `vq` `vhost_dev_init()` set. A
-        // device is not freed before its workers are.
+        // device is not freed before its workers are. It is the work that the worker calls back for.
         let (vq, turn) = unsafe { (Self::from_raw((*poll).vq), Turn::new(work)) };
         T::handle_kick(vq, &turn);
     }
@@ -220,10 +221,11 @@ impl<T: Operations> Virtqueue<T> {
     ///
     /// # Safety
     ///
-    /// `work` must be that of the completion list of a `Virtqueue<T>`.
+    /// Only for the core's worker, with the work that it takes: that of the completion list of a
+    /// `Virtqueue<T>`.
     unsafe extern "C" fn completion_callback(work: *mut raw::vhost_work) {
         // SAFETY: The caller promises that the work is part of a completion list, whose virtqueue is
-        // not freed before its device's workers are.
+        // not freed before its device's workers are. It is the work that the worker calls back for.
         let (vq, turn) = unsafe {
             let vq = CompletionList::virtqueue_of(work);
             (Self::from_raw(vq), Turn::new(work))
@@ -551,7 +553,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Whether there is nothing in the available ring that was not fetched. If that cannot be told, there
-    /// is: fetching says what is wrong.
+    /// is: fetching says what is wrong, at the latest after the next kick.
     #[inline]
     pub(crate) fn avail_empty(&mut self) -> bool {
         if !self.is_running() || self.inner().broken {

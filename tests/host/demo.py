@@ -193,7 +193,8 @@ def main():
     except GuestSilent as problem:
         if native_kvm():
             raise
-        step(f"an emulated guest hangs now and then; once more, from its start ({problem})")
+        step(f"the guest does not answer: {problem}")
+        step("emulated guests hang now and then, on QEMU's own disks too; once more from its start")
         show(options, args, vhost, virtio)
     for disk in disks:
         disk.close()

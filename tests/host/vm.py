@@ -85,6 +85,7 @@ class Guest:
         self.process = None
         self.events = []
         self.replies = []
+        self.number = 0
         os.makedirs(self.dir, exist_ok=True)
 
     # Start and end
@@ -185,9 +186,11 @@ class Guest:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is not None:
-            self.explain()
-        self.kill()
+        try:
+            if error is not None:
+                self.explain()
+        finally:
+            self.kill()
 
     def explain(self):
         """Print what is known of a guest with which something went wrong."""
@@ -259,7 +262,8 @@ class Guest:
 
     def qmp(self, command, timeout=60, **arguments):
         """Run a QMP command; returns what it returns. _ in names becomes -."""
-        message = {"execute": command}
+        self.number += 1
+        message = {"execute": command, "id": self.number}
         if arguments:
             message["arguments"] = {name.replace("_", "-"): value
                                     for name, value in arguments.items()}
@@ -267,9 +271,11 @@ class Guest:
         self.monitor.sock.sendall(json.dumps(message).encode() + b"\n")
         self.monitor.sock.setblocking(False)
         deadline = time.monotonic() + timeout
-        while not self.replies:
+        # One that came too late is still there.
+        while not (replies := [reply for reply in self.replies if reply.get("id") == self.number]):
             self.pump(deadline, f"QMP {command}")
-        reply = self.replies.pop(0)
+        self.replies.clear()
+        reply = replies[0]
         if "error" in reply:
             raise QmpError(f"QMP {command}: {reply['error']['desc']}")
         return reply["return"]
