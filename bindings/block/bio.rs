@@ -247,6 +247,14 @@ impl<State> Bio<'_, State> {
         unsafe { (*prefix(self.raw)).bounces }
     }
 
+    /// Whether it has pages that are pinned.
+    #[inline]
+    fn is_pinned(&self) -> bool {
+        // SAFETY: By the type invariant the bio is ours.
+        let flags = unsafe { (*self.raw.as_ptr()).bi_flags };
+        flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty()
+    }
+
     /// Whether all its pages, of which there are some, are dirty.
     #[inline]
     fn is_dirty(&self) -> bool {
@@ -432,9 +440,7 @@ impl Bio<'_, Finished> {
     /// context: it was bounced, or it is a read into pages that are not dirty yet.
     #[inline]
     fn release(self) -> Result<(), Self> {
-        // SAFETY: By the type invariant the bio is ours.
-        let flags = unsafe { (*self.raw.as_ptr()).bi_flags };
-        let pinned = flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty();
+        let pinned = self.is_pinned();
         if self.bounces() || (pinned && self.is_read() && !self.is_dirty()) {
             return Err(self);
         }
@@ -460,17 +466,13 @@ impl<State> Drop for Bio<'_, State> {
                 // SAFETY: By the type invariant each is a page of order 0 allocated for this bio.
                 unsafe { raw::__free_pages(vector.bv_page, 0) };
             }
-        } else {
-            // SAFETY: By the type invariant the bio is ours.
-            let flags = unsafe { (*self.raw.as_ptr()).bi_flags };
-            if flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty() {
-                // SAFETY: The bio's pages are pinned. The disk may have written to a read's: they
-                // are marked dirty, unless they are already, in which case they are written back as
-                // they are now. A bio is dropped in process context, so their lock can be taken.
-                unsafe {
-                    let mark = self.is_read() && !self.is_dirty();
-                    raw::__bio_release_pages(self.raw.as_ptr(), mark);
-                }
+        } else if self.is_pinned() {
+            // SAFETY: The bio's pages are pinned. The disk may have written to a read's: they are
+            // marked dirty, unless they are already, in which case they are written back as they are
+            // now. A bio is dropped in process context, so their lock can be taken.
+            unsafe {
+                let mark = self.is_read() && !self.is_dirty();
+                raw::__bio_release_pages(self.raw.as_ptr(), mark);
             }
         }
         // SAFETY: By the type invariant this is the only reference.
