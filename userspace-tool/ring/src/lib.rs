@@ -19,6 +19,7 @@
 //! - [`queue`]: [`Queue`], a ring with requests in flight on it.
 //! - [`guest`]: [`Guest`], a device with its memory and all its queues, started
 //!   and stopped as a whole.
+//! - [`aligned`]: memory for the host's own direct I/O on the disk.
 //!
 //! And to measure instead of testing:
 //!
@@ -46,6 +47,7 @@
 //! # }
 //! ```
 
+pub mod aligned;
 pub mod device;
 pub mod driver;
 mod error;
@@ -60,6 +62,7 @@ pub mod uapi;
 pub mod uring;
 pub mod vhost_user;
 
+pub use aligned::Aligned;
 pub use device::{Device, RawArg, WorkerMode};
 pub use driver::{Driver, Op, Slots};
 pub use error::{Error, Result};

@@ -146,6 +146,23 @@ impl Parts {
         ]
     }
 
+    /// Where they are in this process, as those of ring `index` (`VHOST_SET_VRING_ADDR`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Access`]
+    pub fn user_addresses(&self, index: u32) -> Result<vhost_vring_addr> {
+        let user = |part: &Buffer| part.memory().host_address(part.addr());
+        Ok(vhost_vring_addr {
+            index,
+            flags: 0,
+            desc_user_addr: user(&self.desc)?,
+            used_user_addr: user(&self.used)?,
+            avail_user_addr: user(&self.avail)?,
+            log_guest_addr: 0,
+        })
+    }
+
     fn all(&self) -> [&Buffer; 3] {
         [&self.desc, &self.avail, &self.used]
     }
@@ -291,11 +308,11 @@ impl Ring {
             result.map_err(|source| Error::VhostUser { name, source })
         };
         // A server looks for the ring at this process's addresses.
-        let host = |part: &Buffer| self.memory.host_address(part.addr());
+        let user = self.parts.user_addresses(0)?;
         let addresses = VringAddresses {
-            desc_table_addr: host(&self.parts.desc)?,
-            used_ring_addr: host(&self.parts.used)?,
-            avail_ring_addr: host(&self.parts.avail)?,
+            desc_table_addr: user.desc_user_addr,
+            used_ring_addr: user.used_user_addr,
+            avail_ring_addr: user.avail_user_addr,
             ..self.addresses()
         };
         said("SET_VRING_NUM", server.set_vring_num(index, self.size))?;
@@ -335,15 +352,7 @@ impl Ring {
         }
         parts.used.write(2, &from.to_le_bytes())?;
         let memory = parts.desc.memory().clone();
-        let host = |part: &Buffer| part.memory().host_address(part.addr());
-        device.set_vring_user_addr(&vhost_vring_addr {
-            index,
-            flags: 0,
-            desc_user_addr: host(&parts.desc)?,
-            used_user_addr: host(&parts.used)?,
-            avail_user_addr: host(&parts.avail)?,
-            log_guest_addr: 0,
-        })?;
+        device.set_vring_user_addr(&parts.user_addresses(index)?)?;
 
         // What came between the copy and the move.
         let to = self.used_idx()?;
@@ -386,6 +395,15 @@ impl Ring {
     /// The memory that it is in.
     pub fn memory(&self) -> &Memory {
         &self.memory
+    }
+
+    /// Where it is in this process: see [`Parts::user_addresses`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Access`]
+    pub fn user_addresses(&self, index: u32) -> Result<vhost_vring_addr> {
+        self.parts.user_addresses(index)
     }
 
     /// The descriptor table.

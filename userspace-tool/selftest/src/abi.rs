@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use vhost_blk_ring::device::numbers;
 use vhost_blk_ring::uapi::{self, Info, feature};
 use vhost_blk_ring::{
-    Buffer, Device, Error, GuestAddress, Memory, RawArg, Request, Ring, Shape, Status, WorkerMode,
+    Device, Error, GuestAddress, Memory, RawArg, Request, Ring, Shape, Status, WorkerMode,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -424,15 +424,7 @@ fn vring_base(context: &Context) -> Result<()> {
 
 fn vring_addr(context: &Context) -> Result<()> {
     let (device, mut ring) = set_up(context)?;
-    let user = |buffer: &Buffer| buffer.memory().host_address(buffer.addr());
-    let good = numbers::vhost_vring_addr {
-        index: 0,
-        flags: 0,
-        desc_user_addr: user(ring.descriptor_table())?,
-        used_user_addr: user(ring.used_ring())?,
-        avail_user_addr: user(ring.avail_ring())?,
-        log_guest_addr: 0,
-    };
+    let good = ring.user_addresses(0)?;
     let kernel = 0xffff_8000_0000_0000u64;
     type Change = fn(&mut numbers::vhost_vring_addr);
     let misaligned: &[(&str, Change)] = &[

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use vhost_blk_ring::aligned::{ALIGN, Aligned};
 
 /// Size of a sector, bytes.
 pub(crate) const SECTOR: usize = 512;
@@ -16,9 +17,6 @@ pub(crate) const PATTERN: (u64, usize) = (0, 16 << 11);
 
 /// Start and length, in sectors, of what tests write to.
 pub(crate) const SCRATCH: (u64, usize) = (16 << 11, 32 << 11);
-
-/// Largest logical block, and with it alignment, that is counted on, bytes.
-const ALIGN: usize = 4096;
 
 /// Opens a disk.
 pub(crate) fn open(path: &Path, read: bool, write: bool) -> Result<File> {
@@ -97,25 +95,6 @@ impl Disk {
     }
 }
 
-/// Bytes at an address that direct I/O takes.
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN);
-        Aligned { memory, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
-    }
-}
-
 /// Fills a disk with what the tests expect on it, and checks that it keeps that.
 pub(crate) fn prepare(path: &Path) -> Result<()> {
     let meta = path
@@ -185,14 +164,5 @@ mod tests {
         words.sort_unstable();
         words.dedup();
         assert_eq!(words.len(), 16 * SECTOR / 8);
-    }
-
-    #[test]
-    fn aligned_memory_is_aligned() {
-        for len in [1, 512, 4096, 100_000] {
-            let mut memory = Aligned::new(len);
-            assert_eq!(memory.bytes().len(), len);
-            assert_eq!(memory.bytes().as_ptr().align_offset(ALIGN), 0);
-        }
     }
 }

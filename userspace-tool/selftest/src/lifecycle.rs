@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use vhost_blk_ring::uapi::{self, feature};
 use vhost_blk_ring::{
-    Device, Guest, Kind, Queue, Request, Ring, Shape, Status, Table, WorkerMode, Workers,
+    Device, Guest, Kind, Options, Queue, Request, Ring, Shape, Status, Table, WorkerMode, Workers,
 };
 
 use crate::check::{self, UsedLen, works};
@@ -415,13 +415,19 @@ fn drained(what: &str, pinned: Option<i64>) -> Result<()> {
     Ok(())
 }
 
-fn slow_guest(context: &Context, kthread: bool) -> Result<Guest> {
+/// A guest on the slow disk.
+fn slow_guest(
+    context: &Context,
+    kthread: bool,
+    change: impl FnOnce(&mut Options),
+) -> Result<Guest> {
     let slow_disk = context.slow_disk()?;
     let worker_mode = context.worker_mode(kthread)?;
     let guest = context.guest(|options| {
         options.worker_mode = worker_mode;
         options.queues = 2;
         options.queue_size = 128;
+        change(options);
     })?;
     guest.start(slow_disk)?;
     Ok(guest)
@@ -429,7 +435,7 @@ fn slow_guest(context: &Context, kthread: bool) -> Result<Guest> {
 
 fn stop_waits(context: &Context) -> Result<()> {
     let pinned = memory::pinned_pages();
-    let mut guest = slow_guest(context, false)?;
+    let mut guest = slow_guest(context, false, |_| {})?;
     slow_load(&mut guest)?;
     let bases = guest.stop()?;
     drained("stopped", pinned)?;
@@ -467,7 +473,7 @@ fn close_in_flight(context: &Context) -> Result<()> {
     let (users, pinned) = (users(), memory::pinned_pages());
     for round in 0..5 {
         context.step(format_args!("round {round}"));
-        let mut guest = slow_guest(context, round % 2 == 1)?;
+        let mut guest = slow_guest(context, round % 2 == 1, |_| {})?;
         slow_load(&mut guest)?;
         drop(guest);
         drained("closed", pinned)?;
@@ -612,17 +618,9 @@ fn reset_under_load(context: &Context) -> Result<()> {
 /// Sets ring 0 up by its addresses in this process.
 fn set_up_anywhere(device: &Device, ring: &Ring) -> Result<()> {
     use std::os::fd::AsRawFd;
-    let memory = ring.memory();
     device.set_vring_num(0, ring.size().into())?;
     device.set_vring_base(0, 0)?;
-    device.set_vring_user_addr(&vhost_blk_ring::device::numbers::vhost_vring_addr {
-        index: 0,
-        flags: 0,
-        desc_user_addr: memory.host_address(ring.descriptor_table().addr())?,
-        used_user_addr: memory.host_address(ring.used_ring().addr())?,
-        avail_user_addr: memory.host_address(ring.avail_ring().addr())?,
-        log_guest_addr: 0,
-    })?;
+    device.set_vring_user_addr(&ring.user_addresses(0)?)?;
     device.set_vring_call(0, ring.call_event().as_raw_fd())?;
     device.set_vring_err(0, ring.err_event().as_raw_fd())?;
     Ok(device.set_vring_kick(0, ring.kick_event().as_raw_fd())?)
@@ -899,22 +897,14 @@ fn demanding_load(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-fn demanding_guest(context: &Context, kthread: bool) -> Result<Guest> {
-    let slow_disk = context.slow_disk()?;
-    let worker_mode = context.worker_mode(kthread)?;
-    let guest = context.guest(|options| {
-        options.worker_mode = worker_mode;
-        options.queues = 2;
-        options.queue_size = 128;
-        options.memory = 128 << 20;
-    })?;
-    guest.start(slow_disk)?;
-    Ok(guest)
+/// Memory for requests that hold much of it.
+fn demanding(options: &mut Options) {
+    options.memory = 128 << 20;
 }
 
 fn stop_demanding(context: &Context) -> Result<()> {
     let pinned = memory::pinned_pages();
-    let mut guest = demanding_guest(context, false)?;
+    let mut guest = slow_guest(context, false, demanding)?;
     for round in 0..4u64 {
         context.step(format_args!("round {round}"));
         demanding_load(&mut guest)?;
@@ -950,7 +940,7 @@ fn close_demanding(context: &Context) -> Result<()> {
     let (users, pinned) = (users(), memory::pinned_pages());
     for round in 0..4u64 {
         context.step(format_args!("round {round}"));
-        let mut guest = demanding_guest(context, round > 1)?;
+        let mut guest = slow_guest(context, round > 1, demanding)?;
         demanding_load(&mut guest)?;
         thread::sleep(Duration::from_millis(round * 73));
         if round % 2 == 0 {

@@ -241,6 +241,35 @@ fn write_and_check(
     check::same(format_args!("{what}: read back"), &done.data, &data)
 }
 
+/// Reads what is there at `sector`, and writes and checks as many at the same place of what may be
+/// written to.
+fn read_and_write(
+    context: &Context,
+    guest: &mut Guest,
+    what: &str,
+    sector: u64,
+    count: usize,
+    shape: &Shape,
+    seed: u64,
+) -> Result<()> {
+    check::read(
+        format_args!("read, {what}"),
+        guest.queue(0),
+        sector,
+        count,
+        shape,
+    )?;
+    write_and_check(
+        context,
+        guest,
+        &format!("write, {what}"),
+        SCRATCH.0 + sector,
+        count,
+        shape,
+        seed,
+    )
+}
+
 fn write_sizes(context: &Context) -> Result<()> {
     let mut guest = context.started(|_| {})?;
     let block = block_sectors(context)?;
@@ -369,16 +398,7 @@ fn one_byte_segments(context: &Context) -> Result<()> {
                 gap,
             };
             let what = format!("{table:?}, {align}-byte aligned, {gap} apart");
-            check::read(format_args!("read, {what}"), guest.queue(0), 5, 1, &shape)?;
-            write_and_check(
-                context,
-                &mut guest,
-                &format!("write, {what}"),
-                SCRATCH.0 + 5,
-                1,
-                &shape,
-                gap as u64,
-            )?;
+            read_and_write(context, &mut guest, &what, 5, 1, &shape, gap as u64)?;
         }
     }
     Ok(())
@@ -390,22 +410,7 @@ fn odd_addresses(context: &Context) -> Result<()> {
         for count in [8, 24, 2048] {
             let shape = Shape::cut(Cut::Usual).at(512, offset);
             let what = format!("{count} sectors, {offset} bytes off");
-            check::read(
-                format_args!("read, {what}"),
-                guest.queue(0),
-                8,
-                count,
-                &shape,
-            )?;
-            write_and_check(
-                context,
-                &mut guest,
-                &format!("write, {what}"),
-                SCRATCH.0 + 8,
-                count,
-                &shape,
-                offset as u64,
-            )?;
+            read_and_write(context, &mut guest, &what, 8, count, &shape, offset as u64)?;
         }
     }
     Ok(())

@@ -753,7 +753,7 @@ fn restart(context: &Context, guest: &mut Guest) -> Result<()> {
 
 fn start_without_used(context: &Context) -> Result<()> {
     let mut guest = context.guest(|_| {})?;
-    let mut addr = user_addresses(&mut guest)?;
+    let mut addr = guest.queue(0).ring.user_addresses(0)?;
     addr.used_user_addr = NOWHERE;
     guest.device().set_vring_user_addr(&addr)?;
     check::fails(
@@ -772,26 +772,13 @@ fn start_without_used(context: &Context) -> Result<()> {
     check::healthy("good ring", &mut guest, 0)
 }
 
-fn user_addresses(guest: &mut Guest) -> Result<vhost_blk_ring::device::numbers::vhost_vring_addr> {
-    let ring = &guest.queue(0).ring;
-    let user = |buffer: &Buffer| buffer.memory().host_address(buffer.addr());
-    Ok(vhost_blk_ring::device::numbers::vhost_vring_addr {
-        index: 0,
-        flags: 0,
-        desc_user_addr: user(ring.descriptor_table())?,
-        used_user_addr: user(ring.used_ring())?,
-        avail_user_addr: user(ring.avail_ring())?,
-        log_guest_addr: 0,
-    })
-}
-
 /// A ring part of which is nowhere: either the start fails, or the first kick breaks the ring.
 fn start_nowhere(
     context: &Context,
     change: fn(&mut vhost_blk_ring::device::numbers::vhost_vring_addr),
 ) -> Result<()> {
     let mut guest = context.guest(|options| options.queues = 2)?;
-    let mut addr = user_addresses(&mut guest)?;
+    let mut addr = guest.queue(0).ring.user_addresses(0)?;
     change(&mut addr);
     guest.device().set_vring_user_addr(&addr)?;
     match guest.start(context.disk()?) {

@@ -8,10 +8,9 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use vhost_blk_ring::aligned::{ALIGN, Aligned};
 use vhost_blk_ring::request::SECTOR_SIZE;
 
-/// What direct I/O needs at most: alignment of memory, bytes.
-const ALIGN: usize = 4096;
 /// How much is read or written at once, bytes.
 const CHUNK: usize = 1 << 20;
 
@@ -180,25 +179,6 @@ fn open(path: &Path, write: bool, flags: i32) -> io::Result<File> {
         .open(path)
 }
 
-/// Memory at a multiple of [`ALIGN`].
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    fn new(len: usize) -> Self {
-        let memory = vec![0; len + ALIGN];
-        let start = memory.as_ptr().align_offset(ALIGN);
-        Aligned { memory, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
-    }
-}
-
 /// A block device in sysfs.
 struct Sysfs(PathBuf);
 
@@ -235,16 +215,6 @@ fn number(path: &Path) -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn aligned_memory_is_aligned() {
-        for len in [1, 512, 4096, 100_000] {
-            let mut aligned = Aligned::new(len);
-            let bytes = aligned.bytes();
-            assert_eq!(bytes.len(), len);
-            assert_eq!(bytes.as_ptr().addr() % ALIGN, 0);
-        }
-    }
 
     #[test]
     fn only_block_devices_are_disks() {
