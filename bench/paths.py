@@ -11,7 +11,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tests/host"))
 # pylint: disable=wrong-import-position
-from disks import Disk, Loop, NullBlk, sh, write
+from disks import Disk, Loop, NullBlk, settle, sh, write
 from cells import NULL_BLK
 
 MIB = 1 << 20
@@ -35,7 +35,7 @@ class RamDisk(Disk):
     def close(self):
         RamDisk.used -= 1
         if not RamDisk.used:
-            sh("udevadm", "settle", "--timeout=30")
+            settle(30)
             sh("rmmod", "brd")
 
 

@@ -4,9 +4,9 @@
 import os
 import subprocess
 
-from disks import Brd, Loop, NullBlk, sh
+from disks import Brd, Loop, NullBlk, settle, sh
 from ktap import Test
-from vm import Guest, GuestError, QmpError
+from vm import Guest, QmpError
 
 OPTIONS = None
 
@@ -84,7 +84,7 @@ def test_module_missing():
             qemu(*host_device(disk.path), *DEVICE, expect="module is not loaded")
     finally:
         sh("insmod", OPTIONS.module)
-        sh("udevadm", "settle", "--timeout=30")
+        settle(30)
 
 
 def test_rights():

@@ -17,6 +17,11 @@ def sh(*command, timeout=120, check=True):
     return done.stdout
 
 
+def settle(seconds=100):
+    """Wait until udev has looked at what changed."""
+    sh("udevadm", "settle", f"--timeout={seconds}")
+
+
 def write(path, value):
     """Write a value to a file of sysfs or configfs."""
     with open(path, "w", encoding="ascii") as file:
@@ -45,7 +50,7 @@ class Disk:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{self.path} did not appear")
             time.sleep(0.1)
-        sh("udevadm", "settle", "--timeout=100")
+        settle()
 
 
 class NullBlk(Disk):
@@ -101,7 +106,7 @@ class Brd(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=100")
+        settle()
         sh("rmmod", "brd")
 
 
@@ -141,7 +146,7 @@ class ScsiDebug(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=100")
+        settle()
         sh("rmmod", "scsi_debug")
 
 
@@ -180,7 +185,7 @@ class Mapped(Disk):
         self.wait()
 
     def close(self):
-        sh("udevadm", "settle", "--timeout=100")
+        settle()
         sh("dmsetup", "remove", self.name)
         self.lower.close()
 

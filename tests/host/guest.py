@@ -8,7 +8,6 @@ and a third that fio writes raw. These tests build on each other in their order.
 
 import argparse
 import os
-import re
 import sys
 import time
 

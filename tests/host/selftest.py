@@ -12,7 +12,7 @@ import sys
 import time
 
 import ktap
-from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, sh
+from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
 from ktap import Log, Test, say
 
 NODE = "/dev/vhost-blk"
@@ -40,7 +40,7 @@ def load(*parameters):
     if not loaded():
         sh("modprobe", "vhost")
         sh("insmod", OPTIONS.module, *parameters)
-        sh("udevadm", "settle", "--timeout=30")
+        settle(30)
 
 
 def test_modinfo():
@@ -82,7 +82,7 @@ def test_busy():
 def test_unload():
     """rmmod prints one line, and the device node goes."""
     sh("rmmod", "vhost_blk")
-    sh("udevadm", "settle", "--timeout=30")
+    settle(30)
     if os.path.exists(NODE):
         raise AssertionError(f"{NODE} is still there")
 
