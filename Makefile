@@ -46,9 +46,12 @@ headers_install:
 install: modules_install headers_install
 	install -D -m 755 $(TOOL_OUT)/vhost-blk $(DESTDIR)$(PREFIX)/bin/vhost-blk
 
-.PHONY: test test-debug
+# The long tests take longer than CI has.
+.PHONY: test test-full test-debug
 test:
 	@tests/run
+test-full:
+	@tests/run --full
 test-debug:
 	@tests/run --debug
 
@@ -97,7 +100,8 @@ help:
 	@echo  'through sudo:'
 	@echo  '  make demo             a guest on vhost-blk, from nothing'
 	@echo  '  make demo-shell       the same, and then a shell in that guest'
-	@echo  '  make test             all tests on the stock kernel'
+	@echo  '  make test             all tests on the stock kernel but the long ones'
+	@echo  '  make test-full        all tests on the stock kernel'
 	@echo  '  make test-debug       the kernel tests on a kernel with KASAN, lockdep, kmemleak ...'
 	@echo  ''
 	@echo  'Measurements (docs/performance.md); BENCH="WORD ..." picks cells by name:'

@@ -334,7 +334,7 @@ def main():
     parser.add_argument("--device", default="vhost-blk-pci",
                         help="the device under test (virtio-blk-pci tests the tests)")
     parser.add_argument("--boot-disk", help="an image that boots a guest")
-    parser.add_argument("only", nargs="*", help="words of the tests to run")
+    ktap.add_options(parser)
     options = parser.parse_args()
     if options.module:
         sh("modprobe", "vhost")
@@ -343,7 +343,7 @@ def main():
     tests = TESTS if options.device == "virtio-blk-pci" else devices.TESTS + TESTS
     RIG = Rig(options)
     try:
-        return ktap.run(tests, options.only, RIG.explain)
+        return ktap.run(tests, options, RIG.explain)
     finally:
         RIG.close()
 

@@ -68,12 +68,14 @@ class Test:
     """A name, which says what is checked, and a function that raises if not.
 
     prints: how many lines of vhost-blk's own the kernel log gains. None: any.
+    long: it takes minutes, and runs only where all or the long tests are asked for.
     """
 
-    def __init__(self, name, function, prints=0):
+    def __init__(self, name, function, prints=0, long=False):
         self.name = name
         self.function = function
         self.prints = prints
+        self.long = long
 
 
 def test(function):
@@ -81,14 +83,22 @@ def test(function):
     return Test(function.__doc__.splitlines()[0].rstrip("."), function)
 
 
-def run(tests, selected=(), explain=lambda: None):
-    """Run tests; returns 0 if all pass, otherwise 1.
+def add_options(parser):
+    """The options that say which tests to run."""
+    parser.add_argument("--length", choices=("short", "long", "all"), default="short",
+                        help="run all tests but the long ones, or those only, or all")
+    parser.add_argument("only", nargs="*", help="run tests whose name contains one of these")
+
+
+def run(tests, options, explain=lambda: None):
+    """Run the tests that the options say; returns 0 if all pass, otherwise 1.
 
     explain: prints what may help, called after a test that failed.
     """
     tests = [each if isinstance(each, Test) else test(each) for each in tests]
     tests = [each for each in tests
-             if not selected or any(word in each.name for word in selected)]
+             if (options.length == "all" or each.long == (options.length == "long"))
+             and (not options.only or any(word in each.name for word in options.only))]
     print("KTAP version 1", flush=True)
     print(f"1..{len(tests)}", flush=True)
     failed = 0

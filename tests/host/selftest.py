@@ -284,10 +284,10 @@ def main():
     parser.add_argument("--module", required=True, help="vhost-blk.ko")
     parser.add_argument("--tool", required=True, help="the program vhost-blk")
     parser.add_argument("--selftest", required=True, help="the program selftest")
-    parser.add_argument("only", nargs="*", help="run tests whose name contains this")
+    ktap.add_options(parser)
     OPTIONS = parser.parse_args()
     OPTIONS.pins = pins()
-    return ktap.run(TESTS, OPTIONS.only)
+    return ktap.run(TESTS, OPTIONS)
 
 
 if __name__ == "__main__":
