@@ -69,6 +69,7 @@ pub(crate) mod feature {
     pub(crate) const MQ: u32 = raw::VIRTIO_BLK_F_MQ;
     // Of `linux/virtio_config.h`, most of which the kernel crate does not have.
     pub(crate) const NOTIFY_ON_EMPTY: u32 = 24;
+    pub(crate) const LOG_ALL: u32 = raw::VHOST_F_LOG_ALL;
     pub(crate) const ANY_LAYOUT: u32 = 27;
     pub(crate) const INDIRECT_DESC: u32 = raw::VIRTIO_RING_F_INDIRECT_DESC;
     pub(crate) const EVENT_IDX: u32 = raw::VIRTIO_RING_F_EVENT_IDX;

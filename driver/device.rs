@@ -48,8 +48,7 @@ const MAX_VIRTQUEUES: u32 = 64;
 /// Features that are offered.
 ///
 /// Those of the configuration space are user space's to provide; the device works with and without
-/// them. `VHOST_F_LOG_ALL` is missing, since what the disk writes to the guest's memory is not
-/// logged: user space then blocks migration.
+/// them.
 const FEATURES: u64 = 1 << feature::SIZE_MAX
     | 1 << feature::SEG_MAX
     | 1 << feature::GEOMETRY
@@ -60,6 +59,7 @@ const FEATURES: u64 = 1 << feature::SIZE_MAX
     | 1 << feature::CONFIG_WCE
     | 1 << feature::MQ
     | 1 << feature::NOTIFY_ON_EMPTY
+    | 1 << feature::LOG_ALL
     | 1 << feature::ANY_LAYOUT
     | 1 << feature::INDIRECT_DESC
     | 1 << feature::EVENT_IDX
@@ -172,16 +172,7 @@ impl chardev::File for Device {
 impl Device {
     fn set_features(&self, features: u64) -> Result<isize> {
         check_features(features, FEATURES)?;
-        let device = self.vhost.lock();
-        for vq in device.virtqueues() {
-            let guard = vq.lock();
-            if (guard.is_running() || !guard.is_idle()) && guard.features() != features {
-                return Err(EBUSY);
-            }
-        }
-        for vq in device.virtqueues() {
-            vq.lock().set_features(features);
-        }
+        self.vhost.lock().set_features(features)?;
         Ok(0)
     }
 

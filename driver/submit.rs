@@ -81,6 +81,7 @@ pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch)
             Ok(Some(chain)) => chain,
             Ok(None) => return End::Empty,
             Err(FetchError::Again) => return End::NoTranslation,
+            Err(FetchError::NoMemory) => return End::NoMemory,
             Err(FetchError::Broken) => return End::Broken,
         };
         match submit(chain) {
@@ -166,11 +167,8 @@ fn complete(chain: DescChain<'_, '_, Queue>, status: Status, written: usize) -> 
 }
 
 fn get_id(chain: DescChain<'_, '_, Queue>, serial: &[u8; SERIAL_LEN]) -> Outcome {
-    let (written, wanted) = {
-        let mut memory = chain.writable();
-        let wanted = memory.remaining().min(SERIAL_LEN);
-        (memory.copy_to(serial), wanted)
-    };
+    let wanted = chain.writable_len().min(SERIAL_LEN);
+    let written = chain.write_start(serial);
     if written < wanted {
         return complete(chain, Status::IoErr, 0);
     }

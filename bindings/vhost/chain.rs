@@ -3,6 +3,8 @@
 //! A descriptor chain that the guest made available, and its completion.
 
 use super::{
+    fetch::Fetched,
+    log::Log,
     request::{
         Direct,
         Request, //
@@ -27,6 +29,7 @@ use crate::bindings::{
     },
 };
 use core::mem::ManuallyDrop;
+use kernel::prelude::*;
 
 /// The newest chain fetched from a virtqueue.
 ///
@@ -43,26 +46,23 @@ pub(crate) struct DescChain<'n, 'a, T: Operations> {
     descriptors: u32,
     /// The last writable byte. It is not part of the chain's memory any more.
     status: Option<StatusByte>,
+    log: Option<KBox<Log>>,
     ended: bool,
 }
 
 impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     #[inline]
-    pub(super) fn new(
-        guard: &'n mut VirtqueueGuard<'a, T>,
-        head: u16,
-        out_num: usize,
-        in_num: usize,
-        descriptors: u32,
-    ) -> Self {
+    pub(super) fn new(guard: &'n mut VirtqueueGuard<'a, T>, fetched: Fetched) -> Self {
+        let (out_num, in_num) = (fetched.out_num, fetched.in_num);
         let status = StatusByte::cut_off(guard.chain_memory_mut(out_num, in_num));
         Self {
             guard,
-            head,
+            head: fetched.head,
             out_num,
             in_num,
-            descriptors,
+            descriptors: fetched.descriptors,
             status,
+            log: fetched.log,
             ended: false,
         }
     }
@@ -105,9 +105,25 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     }
 
     /// The memory that the device writes, without the last byte: that is the status.
+    ///
+    /// If what is written is logged, all of it is, written or not: so the caller has checked its length.
     #[inline]
     pub(crate) fn writable(&self) -> UserIter<'_> {
+        if let Some(log) = &self.log {
+            log.will_write(self.writable_len());
+        }
         UserIter::new(self.input(), Direction::Destination)
+    }
+
+    /// Copies `data` to the first bytes that the device writes. Returns the bytes copied: fewer if there are
+    /// fewer before the status, or if they cannot be written.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    pub(crate) fn write_start(&self, data: &[u8]) -> usize {
+        if let Some(log) = &self.log {
+            log.will_write(self.writable_len().min(data.len()));
+        }
+        UserIter::new(self.input(), Direction::Destination).copy_to(data)
     }
 
     /// The locked virtqueue.
@@ -146,6 +162,7 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
             head: self.head,
             status: self.status.take()?,
             writable_len: iov::total(self.input()),
+            log: self.log.take(),
         })
     }
 
@@ -222,9 +239,17 @@ pub(crate) struct Completion {
     head: u16,
     status: StatusByte,
     writable_len: usize,
+    /// What to log.
+    log: Option<KBox<Log>>,
 }
 
 impl Completion {
+    /// Takes what is to be logged when the status was written.
+    #[inline]
+    pub(super) fn take_log(&mut self) -> Option<KBox<Log>> {
+        self.log.take()
+    }
+
     /// What its used entry says was written: the status too, if nothing before it was left out.
     /// (Virtio 1.3, 2.7.8.)
     #[inline]

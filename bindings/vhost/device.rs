@@ -6,13 +6,17 @@
 
 use super::{
     completion::Wait,
+    log::LogArray,
     virtqueue::{
         Operations,
         Virtqueue,
         MAX_USED, //
     },
 };
-use crate::bindings::raw;
+use crate::bindings::{
+    raw,
+    uapi, //
+};
 use core::{
     mem::size_of,
     pin::Pin, //
@@ -163,7 +167,8 @@ impl<T: Operations> Device<T> {
         }
     }
 
-    /// Waits until no request of a stopped virtqueue is in flight. Returns whether it abandoned some.
+    /// Waits until no request of a virtqueue that fetches none is in flight. Returns whether it abandoned
+    /// some.
     fn drain(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> bool {
         vq.completions().set_waiting(true);
         loop {
@@ -184,7 +189,7 @@ impl<T: Operations> Device<T> {
                 Wait::Woken => (),
                 Wait::Killed => abandon = true,
                 Wait::TimedOut => pr_warn!(
-                    "stopping virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
+                    "virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
                 ),
             }
         }
@@ -276,6 +281,74 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
     pub(crate) fn stop(&self) -> Result {
         self.check_owner()?;
         self.device.stop(false);
+        Ok(())
+    }
+
+    /// Sets the features of a device whose backend may run; then only `VHOST_F_LOG_ALL` may change.
+    ///
+    /// When that is switched on, every byte that is written to the guest's memory after this returns is
+    /// logged: nothing is fetched until all requests in flight are complete, of which it is not known
+    /// what they write.
+    ///
+    /// Context: a task of the owner's if a backend runs; may sleep as long as the disk takes.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if a backend runs and other features change, `EPERM` if one runs and the caller is not the
+    /// owner, `EFAULT` if the memory to log is not what the log can cover, `ENOMEM`. Nothing was changed
+    /// then.
+    pub(crate) fn set_features(&self, features: u64) -> Result {
+        const LOG_ALL: u64 = 1 << uapi::feature::LOG_ALL;
+        let mut change = false;
+
+        for vq in self.virtqueues() {
+            let guard = vq.lock();
+            if guard.is_running() || !guard.is_idle() {
+                let changed = guard.features() ^ features;
+                if changed & !LOG_ALL != 0 {
+                    return Err(EBUSY);
+                }
+                change |= changed != 0;
+            }
+        }
+        if change {
+            // Who drains writes to the memory of the calling task.
+            self.check_owner()?;
+        }
+        // SAFETY: The device is initialised and its mutex held, no virtqueue's is.
+        if features & LOG_ALL != 0 && !unsafe { raw::vhost_log_access_ok(self.device.as_raw()) } {
+            return Err(EFAULT);
+        }
+        if !change {
+            for vq in self.virtqueues() {
+                vq.lock().set_features(features);
+            }
+            return Ok(());
+        }
+        self.change_logging(features, features & LOG_ALL != 0)
+    }
+
+    /// [`DeviceGuard::set_features`] while a backend runs.
+    fn change_logging(&self, features: u64, on: bool) -> Result {
+        // What can fail comes first.
+        let mut logs = KVec::with_capacity(self.device.virtqueues.len(), GFP_KERNEL)?;
+        for _ in self.virtqueues() {
+            logs.push(LogArray::new(on)?, GFP_KERNEL)?;
+        }
+        if on {
+            for vq in self.virtqueues() {
+                vq.lock().pause();
+            }
+            let mut abandon = false;
+            for (index, vq) in self.virtqueues().enumerate() {
+                abandon = Device::drain(index, vq, abandon);
+            }
+        }
+        for (vq, log) in self.virtqueues().zip(logs) {
+            let mut guard = vq.lock();
+            guard.change_logging(features, log);
+            guard.unpause();
+        }
         Ok(())
     }
 

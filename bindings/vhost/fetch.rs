@@ -4,18 +4,34 @@
 
 use super::{
     chain::DescChain,
+    log::Log,
     virtqueue::{
         Operations,
         VirtqueueGuard, //
     },
 };
+use kernel::prelude::*;
 
 /// Why no chain could be fetched.
 pub(crate) enum FetchError {
     /// An address is not in the device IOTLB yet: requeue.
     Again,
+    /// There is no memory for what is to be logged of it: it is back in the ring.
+    NoMemory,
     /// The guest broke the ring. The core has signalled the error eventfd.
     Broken,
+}
+
+/// A chain that was fetched.
+pub(super) struct Fetched {
+    pub(super) head: u16,
+    /// Stretches of memory, readable and writable ones.
+    pub(super) out_num: usize,
+    pub(super) in_num: usize,
+    /// Descriptors that were consumed.
+    pub(super) descriptors: u32,
+    /// Its writable memory, if it is to be logged what is written there.
+    pub(super) log: Option<KBox<Log>>,
 }
 
 /// What [`NotifyDisabled::enable`] found.
@@ -58,11 +74,10 @@ impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
     /// See [`FetchError`].
     #[inline]
     pub(crate) fn next_chain(&mut self) -> Result<Option<DescChain<'_, 'a, T>>, FetchError> {
-        let Some((head, out_num, in_num, descriptors)) = self.guard.fetch()? else {
+        let Some(fetched) = self.guard.fetch()? else {
             return Ok(None);
         };
-        let chain = DescChain::new(self.guard, head, out_num, in_num, descriptors);
-        Ok(Some(chain))
+        Ok(Some(DescChain::new(self.guard, fetched)))
     }
 
     /// Lets the guest kick again, unless it added buffers meanwhile.

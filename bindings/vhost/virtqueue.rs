@@ -14,7 +14,13 @@ use super::{
     completion::CompletionList,
     fetch::{
         FetchError,
+        Fetched,
         NotifyDisabled, //
+    },
+    log::{
+        self,
+        Log,
+        LogArray, //
     },
     request::{
         Direct,
@@ -65,7 +71,7 @@ pub(crate) const MAX_QUEUE_SIZE: u32 = 1024;
 
 /// Stretches of memory that a chain may have. A chain of a ring's full length fits, with room for
 /// descriptors that cross from one region of the guest's memory to the next.
-const MAX_IOVECS: usize = MAX_QUEUE_SIZE as usize + 256;
+pub(super) const MAX_IOVECS: usize = MAX_QUEUE_SIZE as usize + 256;
 
 /// Elements of the core's array for used entries: what a device passes as `iov_limit`.
 pub(super) const MAX_USED: usize = 256;
@@ -101,6 +107,10 @@ struct Inner<T: Operations> {
     slots: VVec<Slot<T::Request>>,
     /// Memory of the chain that is being looked at.
     iovecs: VVec<IoVec>,
+    /// The same by the guest's addresses, while it is logged what requests write.
+    log: LogArray,
+    /// Nothing is fetched until requests are complete that are not logged.
+    paused: bool,
     /// Entries of the core's `heads` that wait for [`VirtqueueGuard::signal_used`].
     used: usize,
     /// The guest broke the ring: nothing is fetched until the next start.
@@ -177,6 +187,8 @@ impl<T: Operations> Virtqueue<T> {
                 backend: None,
                 slots: VVec::new(),
                 iovecs: VVec::new(),
+                log: LogArray::OFF,
+                paused: false,
                 used: 0,
                 broken: false,
                 completed: core::ptr::null_mut(),
@@ -377,6 +389,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             slots.push(Slot::new(bios), GFP_KERNEL_ACCOUNT)?;
         }
         let iovecs = VVec::from_elem(IoVec::EMPTY, MAX_IOVECS, GFP_KERNEL_ACCOUNT)?;
+        let log = LogArray::new(self.features() & (1 << uapi::feature::LOG_ALL) != 0)?;
 
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held. The core takes any pointer but null for 'a backend runs'.
@@ -393,6 +406,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // INVARIANT: No slot is in flight.
         inner.slots = slots;
         inner.iovecs = iovecs;
+        inner.log = log;
+        inner.paused = false;
         inner.backend = Some(backend);
         inner.used = 0;
         inner.broken = false;
@@ -432,6 +447,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // INVARIANT: No slot is in flight.
         inner.slots = VVec::new();
         inner.iovecs = VVec::new();
+        inner.log = LogArray::OFF;
         inner.backend = None;
         self.set_rings(None);
     }
@@ -446,7 +462,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // With that feature it matters what was fetched.
         let notify_on_empty = features & (1 << uapi::feature::NOTIFY_ON_EMPTY) != 0;
         // SAFETY: The mutex is held.
-        if notify_on_empty || unsafe { (*self.vq.as_raw()).log_used } {
+        let log_used = unsafe { (*self.vq.as_raw()).log_used };
+        if notify_on_empty || log_used || self.is_logging() {
             self.set_rings(None);
             return;
         }
@@ -480,6 +497,37 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         if self.is_running() {
             self.map_rings();
         }
+    }
+
+    /// Whether what requests write is logged. It is when a backend runs and `VHOST_F_LOG_ALL` is set.
+    #[inline]
+    fn is_logging(&self) -> bool {
+        self.inner().log.is_on()
+    }
+
+    /// Sets features that differ from those before in `VHOST_F_LOG_ALL` at most, with `log` as it is to be
+    /// from now on.
+    ///
+    /// Requests in flight are not logged when they complete: before logging is switched on they are waited
+    /// for, with the virtqueue paused.
+    pub(super) fn change_logging(&mut self, features: u64, log: LogArray) {
+        self.set_features(features);
+        if self.is_running() {
+            self.inner_mut().log = log;
+            self.map_rings();
+        }
+    }
+
+    /// Fetches nothing until [`VirtqueueGuard::unpause`]. Requests in flight go on.
+    pub(super) fn pause(&mut self) {
+        self.inner_mut().paused = true;
+    }
+
+    /// Ends [`VirtqueueGuard::pause`].
+    pub(super) fn unpause(&mut self) {
+        self.inner_mut().paused = false;
+        // Whoever looked at the ring meanwhile left it as it was.
+        self.poll();
     }
 
     /// Follows a change of the call eventfd.
@@ -525,7 +573,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// be fetched: no backend runs, or the ring is broken.
     #[inline]
     pub(crate) fn disable_notify(&mut self) -> Option<NotifyDisabled<'_, 'a, T>> {
-        if !self.is_running() || self.inner().broken {
+        let inner = self.inner();
+        if !self.is_running() || inner.broken || inner.paused {
             return None;
         }
         let raw = self.vq.as_raw();
@@ -674,9 +723,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// bytes were written without a gap from the start of the chain's writable memory on, the
     /// status apart.
     ///
-    /// A status byte that cannot be written breaks the ring.
+    /// A status byte that cannot be written breaks the ring, and so does a log that cannot.
     #[inline]
-    pub(crate) fn complete(&mut self, completion: Completion, status: u8, written: usize) {
+    pub(crate) fn complete(&mut self, mut completion: Completion, status: u8, written: usize) {
+        let log = completion.take_log();
         let (head, used_len) = match completion.write_status(status, written) {
             Ok(used) => used,
             Err(head) => {
@@ -684,7 +734,23 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
                 (head, 0)
             }
         };
+        if let Some(log) = log {
+            self.write_log(log);
+        }
         self.push_used(head, used_len);
+    }
+
+    /// Logs what a request wrote, unless that was switched off since it was fetched: then the log may be
+    /// gone.
+    #[cold]
+    fn write_log(&mut self, log: KBox<Log>) {
+        if !self.is_logging() {
+            return;
+        }
+        // SAFETY: The mutex is held. A chain was fetched, so there is an owner.
+        if unsafe { log.write(self.vq.as_raw()) }.is_err() {
+            self.set_broken();
+        }
     }
 
     #[inline]
@@ -747,7 +813,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // SAFETY: As above.
         let result =
             unsafe { raw::vhost_add_used_n(raw, (*raw).heads, core::ptr::null_mut(), used as u32) };
-        if result < 0 {
+        // SAFETY: As above.
+        if result < 0 || unsafe { log::check_used(raw) }.is_err() {
             self.set_broken();
         }
         // SAFETY: The mutex is held, under which the core changes the call context.
@@ -793,14 +860,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             .unwrap_or_default()
     }
 
-    /// Fetches the next chain into the array for its memory. Returns its head, its counts of
-    /// readable and writable stretches, and its count of descriptors.
+    /// Fetches the next chain into the arrays for its memory.
     ///
     /// # Errors
     ///
     /// See [`FetchError`].
     #[inline]
-    pub(super) fn fetch(&mut self) -> Result<Option<(u16, usize, usize, u32)>, FetchError> {
+    pub(super) fn fetch(&mut self) -> Result<Option<Fetched>, FetchError> {
         let raw = self.vq.as_raw();
         let running = self.is_running();
         let inner = self.inner_mut();
@@ -808,10 +874,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             return Err(FetchError::Broken);
         }
         let (mut out_num, mut in_num, mut descriptors) = (0, 0, 0);
+        let mut log_num = 0;
+        let log = inner.log.as_raw_mut();
 
         // SAFETY: The mutex is held and a backend runs, so there is memory and there are rings.
-        // Notifications are off: switching them off again does nothing. The array is as long as
-        // said.
+        // Notifications are off: switching them off again does nothing. The array of iovecs is as long
+        // as said; that of the log is null or as long, and gets an entry for each descriptor that takes
+        // an iovec at least.
         let head = unsafe {
             raw::vhost_disable_notify((*raw).dev, raw);
             raw::vhost_get_vq_desc_n(
@@ -820,8 +889,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
                 inner.iovecs.len() as u32,
                 &mut out_num,
                 &mut in_num,
-                core::ptr::null_mut(),
-                core::ptr::null_mut(),
+                log,
+                &mut log_num,
                 &mut descriptors,
             )
         };
@@ -838,13 +907,38 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             // The ring's size stands for 'none'.
             None => Ok(None),
             Some(slot) if slot.is(Owner::Nobody) => {
-                Ok(Some((head, out_num as usize, in_num as usize, descriptors)))
+                let mut fetched = Fetched {
+                    head,
+                    out_num: out_num as usize,
+                    in_num: in_num as usize,
+                    descriptors,
+                    log: None,
+                };
+                if !log.is_null() {
+                    fetched.log = Some(self.keep_for_log(&fetched, log_num as usize)?);
+                }
+                Ok(Some(fetched))
             }
             Some(_) => {
                 self.set_broken();
                 Err(FetchError::Broken)
             }
         }
+    }
+
+    /// Keeps the writable memory of the newest chain, of which the core made so many `entries` for the log.
+    ///
+    /// # Errors
+    ///
+    /// [`FetchError::NoMemory`]: the chain is back in the ring.
+    #[cold]
+    fn keep_for_log(&self, chain: &Fetched, entries: usize) -> Result<KBox<Log>, FetchError> {
+        let memory = self.chain_memory(chain.out_num, chain.in_num);
+        // SAFETY: The virtqueue is initialised, and its mutex held.
+        unsafe { Log::new(self.vq.as_raw(), &self.inner().log, entries, memory) }.map_err(|_| {
+            self.discard(chain.descriptors);
+            FetchError::NoMemory
+        })
     }
 
     /// Lets the guest kick. Returns whether it added buffers meanwhile.
@@ -869,7 +963,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Gives the newest chain back to the ring.
-    pub(super) fn discard(&mut self, descriptors: u32) {
+    pub(super) fn discard(&self, descriptors: u32) {
         // SAFETY: The mutex is held, and one chain was fetched since.
         unsafe { raw::vhost_discard_vq_desc(self.vq.as_raw(), 1, descriptors) };
     }

@@ -129,6 +129,7 @@ const NO_FD: i32 = 9999;
 
 /// All that is on offer.
 const OFFERED: u64 = feature::NOTIFY_ON_EMPTY
+    | feature::LOG_ALL
     | (1 << 27)
     | feature::INDIRECT_DESC
     | feature::EVENT_IDX
