@@ -125,6 +125,15 @@ def placement(*only, parameters=()):
     return run
 
 
+def dirty_log():
+    """The dirty log switched on and off, of requests that complete without a worker."""
+    load(*DIRECT)
+    with NullBlk(irqmode=2, nsec=50000) as disk, Delay(NullBlk(size=16), 600, 600) as slow:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
+                     "--slow-disk", slow.path, "--only=dirty_log.drained",
+                     "--only=dirty_log.switched")
+
+
 def polled():
     """Requests, starts and stops, with workers that poll."""
     load()
@@ -264,6 +273,7 @@ TESTS = [
     Test("the same requests, completed in an interrupt", later),
     Test("rings, memory and eventfds moved, completed without a worker",
          placement(parameters=DIRECT)),
+    Test("the dirty log switched on and off, completed without a worker", dirty_log),
     Test("exercise: null_blk irqmode=1, completed in a softirq without a worker",
          exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=DIRECT)),
     Test("exercise: null_blk irqmode=2, completed in an interrupt",

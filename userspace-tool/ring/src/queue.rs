@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::request::{Completion, Prepared, Request, Shape};
-use crate::ring::{Ring, Used};
+use crate::ring::{Ring, Segment, Used};
 
 /// A [`Ring`], and the requests that are in flight on it.
 #[derive(Debug)]
@@ -47,6 +47,18 @@ impl Queue {
         let head = self.ring.add(&prepared.segments()?, shape.table)?;
         self.in_flight.insert(head, prepared);
         Ok(head)
+    }
+
+    /// The memory of the request at `head`, which is in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], if none is.
+    pub fn segments(&self, head: u16) -> Result<Vec<Segment>> {
+        let prepared = self.in_flight.get(&head);
+        prepared
+            .ok_or_else(|| Error::Invalid(format!("no request at {head}")))?
+            .segments()
     }
 
     /// Publishes what was added, and kicks if the device wants that.

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 use crate::context::Context;
-use crate::{abi, lifecycle};
+use crate::{abi, dirty_log, lifecycle};
 
 /// Plays a part, with what it works on as standard input.
 pub(crate) fn play(context: &Context, part: &str) -> ExitCode {
@@ -30,6 +30,7 @@ fn try_play(context: &Context, part: &str) -> Result<()> {
             std::io::read_to_string(input()?)?;
             Ok(())
         }
+        "log_of_another" => dirty_log::of_another(input()?),
         "hold" => lifecycle::hold(input()?),
         busy if busy.starts_with("busy_") => lifecycle::busy_until_killed(context, busy),
         _ => bail!("no part {part}"),

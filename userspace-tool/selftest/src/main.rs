@@ -10,6 +10,7 @@ mod abi;
 mod check;
 mod child;
 mod context;
+mod dirty_log;
 mod disk;
 mod kmsg;
 mod lifecycle;
@@ -84,6 +85,7 @@ fn tests() -> Vec<&'static Test> {
         lifecycle::TESTS,
         memory::TESTS,
         placement::TESTS,
+        dirty_log::TESTS,
     ]
     .into_iter()
     .flatten()
