@@ -66,6 +66,8 @@ pub enum RawArg<'a> {
 pub struct Device {
     file: File,
     memory: Arc<GuestMemoryMmap>,
+    /// Rings are where the device IOTLB says.
+    translated: bool,
 }
 
 impl Device {
@@ -88,6 +90,7 @@ impl Device {
         Ok(Device {
             file,
             memory: Arc::default(),
+            translated: false,
         })
     }
 
@@ -96,6 +99,7 @@ impl Device {
         Device {
             file,
             memory: Arc::default(),
+            translated: false,
         }
     }
 
@@ -274,14 +278,31 @@ impl Device {
         Ok(state.num)
     }
 
+    /// From now on the addresses of rings are those of a device IOTLB
+    /// ([`set_vring_addr`](Self::set_vring_addr)).
+    pub fn translate_rings(&mut self) {
+        self.translated = true;
+    }
+
     /// `VHOST_SET_VRING_ADDR` with addresses in guest memory, which are checked
-    /// and turned into those of this process first.
+    /// and turned into those of this process first, unless the device IOTLB
+    /// translates them.
     ///
     /// # Errors
     ///
     /// [`Error::Ioctl`]; [`Error::Vhost`], if the parts of the ring are not
     /// within the memory that [`set_memory`](Self::set_memory) gave.
     pub fn set_vring_addr(&self, index: u32, addresses: &VringAddresses) -> Result<()> {
+        if self.translated {
+            return self.set_vring_user_addr(&vhost_vring_addr {
+                index,
+                flags: 0,
+                desc_user_addr: addresses.desc_table_addr,
+                used_user_addr: addresses.used_ring_addr,
+                avail_user_addr: addresses.avail_ring_addr,
+                log_guest_addr: 0,
+            });
+        }
         named(
             "VHOST_SET_VRING_ADDR",
             VhostBackend::set_vring_addr(self, index as usize, addresses),

@@ -5,11 +5,13 @@
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::device::{Device, WorkerMode};
 use crate::error::{Error, Result};
-use crate::memory::Memory;
+use crate::iotlb::{Iotlb, Translator};
+use crate::memory::{Memory, Protection};
 use crate::queue::Queue;
 use crate::uapi::{DEVICE_PATH, VHOST_BLK_SERIAL_LEN, feature};
 
@@ -48,11 +50,15 @@ pub struct Options {
     pub blocking_calls: bool,
     /// What `VIRTIO_BLK_T_GET_ID` returns.
     pub serial: Option<[u8; VHOST_BLK_SERIAL_LEN]>,
+    /// How addresses are translated, if there is a device IOTLB. Without, they
+    /// are not.
+    pub iotlb: Option<Iotlb>,
 }
 
 impl Default for Options {
     /// One queue of 256 descriptors, 64 MiB, all features but those that change
     /// what a good driver sees: `RO`, which fails writes, and `NOTIFY_ON_EMPTY`.
+    /// `ACCESS_PLATFORM` is taken with [`Options::iotlb`] only.
     fn default() -> Self {
         Options {
             path: DEVICE_PATH.into(),
@@ -66,6 +72,7 @@ impl Default for Options {
             busyloop_timeout: 0,
             blocking_calls: false,
             serial: None,
+            iotlb: None,
         }
     }
 }
@@ -75,14 +82,38 @@ pub(crate) fn blocking_event() -> Result<EventFd> {
     EventFd::new(EFD_CLOEXEC).map_err(Error::system("eventfd"))
 }
 
+/// Memory at the same addresses, which nobody may access.
+fn decoy_of(memory: &Memory) -> Result<Memory> {
+    let regions: Vec<_> = memory
+        .regions()
+        .iter()
+        .map(|region| {
+            let len = usize::try_from(region.memory_size);
+            (
+                GuestAddress(region.guest_phys_addr),
+                len.unwrap_or(usize::MAX),
+            )
+        })
+        .collect();
+    let decoy = Memory::with_regions(&regions)?;
+    for &(addr, len) in &regions {
+        decoy.protect(addr, len, Protection::None)?;
+    }
+    Ok(decoy)
+}
+
 /// A device that is set up, with its memory and its queues.
 #[derive(Debug)]
 pub struct Guest {
-    // Fields drop in this order: the device first, so that the kernel has
-    // nothing in flight when the queues give their memory back.
+    // Fields drop in this order: who has the device open besides, then the
+    // device, so that the kernel has nothing in flight when the queues give
+    // their memory back.
+    translator: Option<Translator>,
     device: Device,
     queues: Vec<Queue>,
     memory: Memory,
+    /// What the memory table of a device with an IOTLB has.
+    _decoy: Option<Memory>,
     features: u64,
 }
 
@@ -108,9 +139,23 @@ impl Guest {
             device.set_worker_mode(mode)?;
         }
         device.set_owner()?;
-        let features = device.get_features()? & options.features;
-        device.set_features(features)?;
-        device.set_memory(memory)?;
+        let platform = feature::ACCESS_PLATFORM;
+        let mut features = device.get_features()? & options.features & !platform;
+        let mut translator = None;
+        let mut decoy = None;
+        if let Some(how) = options.iotlb {
+            features |= platform;
+            device.set_features(features)?;
+            device.set_backend_features(how.format.backend_features())?;
+            device.translate_rings();
+            decoy = Some(decoy_of(memory)?);
+            if !how.manual {
+                translator = Some(Translator::start(&device, memory, how)?);
+            }
+        } else {
+            device.set_features(features)?;
+        }
+        device.set_memory(decoy.as_ref().unwrap_or(memory))?;
         if let Some(serial) = &options.serial {
             device.set_serial(serial)?;
         }
@@ -134,9 +179,11 @@ impl Guest {
             queues.push(queue);
         }
         Ok(Guest {
+            translator,
             device,
             queues,
             memory: memory.clone(),
+            _decoy: decoy,
             features,
         })
     }
@@ -158,7 +205,15 @@ impl Guest {
     ///
     /// [`Error::Ioctl`]; [`Error::Invalid`], for a base that is not an index.
     pub fn stop(&self) -> Result<Vec<u16>> {
-        self.device.stop()?;
+        match &self.translator {
+            // A stop cannot wait for translations.
+            Some(translator) => {
+                translator.check()?;
+                let rings = self.queues.iter().flat_map(|q| q.ring.parts().all());
+                translator.prefill_and(rings, || self.device.stop())?;
+            }
+            None => self.device.stop()?,
+        }
         (0u32..)
             .zip(&self.queues)
             .map(|(index, _)| {
@@ -185,6 +240,11 @@ impl Guest {
     /// The device.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// What answers the misses of its device IOTLB, if it has one.
+    pub fn translator(&self) -> Option<&Translator> {
+        self.translator.as_ref()
     }
 
     /// The guest's memory.

@@ -17,6 +17,7 @@
 //!   write anything else that a hostile guest could write.
 //! - [`request`]: virtio-blk requests, cut into descriptors in any way.
 //! - [`queue`]: [`Queue`], a ring with requests in flight on it.
+//! - [`iotlb`]: the device IOTLB, and [`Translator`], which answers its misses.
 //! - [`guest`]: [`Guest`], a device with its memory and all its queues, started
 //!   and stopped as a whole.
 //! - [`aligned`]: memory for the host's own direct I/O on the disk.
@@ -52,6 +53,7 @@ pub mod device;
 pub mod driver;
 mod error;
 pub mod guest;
+pub mod iotlb;
 pub mod memory;
 pub mod queue;
 pub mod request;
@@ -67,6 +69,7 @@ pub use device::{Device, RawArg, WorkerMode};
 pub use driver::{Driver, Op, Slots};
 pub use error::{Error, Result};
 pub use guest::{Guest, Options, Workers};
+pub use iotlb::{Iotlb, Translator};
 pub use memory::{Buffer, Memory, Protection};
 pub use queue::Queue;
 pub use request::{Completion, Cut, Kind, Request, Shape, Status};

@@ -163,7 +163,8 @@ impl Parts {
         })
     }
 
-    fn all(&self) -> [&Buffer; 3] {
+    /// The three.
+    pub fn all(&self) -> [&Buffer; 3] {
         [&self.desc, &self.avail, &self.used]
     }
 }
@@ -380,6 +381,11 @@ impl Ring {
             avail_ring_addr: self.parts.avail.addr().0,
             log_addr: None,
         }
+    }
+
+    /// Its three parts.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
     }
 
     /// Its size, descriptors.
