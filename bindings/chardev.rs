@@ -195,7 +195,7 @@ impl<T: File> Registration<T> {
         // SAFETY: The file is open during the call, and both arguments valid.
         unsafe {
             let open = Self::borrow((*iocb).ki_filp);
-            raw::vhost_chr_write_iter(open.device().as_raw(), from)
+            open.device().write_iotlb(from)
         }
     }
 }

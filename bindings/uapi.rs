@@ -74,6 +74,14 @@ pub(crate) mod feature {
     pub(crate) const INDIRECT_DESC: u32 = raw::VIRTIO_RING_F_INDIRECT_DESC;
     pub(crate) const EVENT_IDX: u32 = raw::VIRTIO_RING_F_EVENT_IDX;
     pub(crate) const VERSION_1: u32 = 32;
+    pub(crate) const ACCESS_PLATFORM: u32 = 33;
+}
+
+/// Numbers of the bits of `VHOST_GET_BACKEND_FEATURES`.
+pub(crate) mod backend_feature {
+    use crate::bindings::raw;
+
+    pub(crate) const IOTLB_MSG_V2: u32 = raw::VHOST_BACKEND_F_IOTLB_MSG_V2;
 }
 
 /// `struct vhost_vring_state`: a number for a virtqueue.

@@ -12,6 +12,7 @@ use crate::bindings::{
     chardev, compat,
     uapi::{
         self,
+        backend_feature,
         feature,
         Info,
         SERIAL_LEN, //
@@ -63,10 +64,11 @@ const FEATURES: u64 = 1 << feature::SIZE_MAX
     | 1 << feature::ANY_LAYOUT
     | 1 << feature::INDIRECT_DESC
     | 1 << feature::EVENT_IDX
-    | 1 << feature::VERSION_1;
+    | 1 << feature::VERSION_1
+    | 1 << feature::ACCESS_PLATFORM;
 
 /// Features of `VHOST_GET_BACKEND_FEATURES`.
-const BACKEND_FEATURES: u64 = 0;
+const BACKEND_FEATURES: u64 = 1 << backend_feature::IOTLB_MSG_V2;
 
 /// What user space sets and all virtqueues use.
 #[pin_data]
@@ -137,7 +139,7 @@ impl chardev::File for Device {
             uapi::GET_FEATURES => write(arg, FEATURES),
             uapi::SET_FEATURES => self.set_features(read(arg)?),
             uapi::GET_BACKEND_FEATURES => write(arg, BACKEND_FEATURES),
-            uapi::SET_BACKEND_FEATURES => check_features(read(arg)?, BACKEND_FEATURES),
+            uapi::SET_BACKEND_FEATURES => self.set_backend_features(read(arg)?),
             uapi::SET_BACKEND => match read::<uapi::VringFile>(arg)?.fd() {
                 Some(fd) => self.start(fd),
                 None => self.stop(),
@@ -173,6 +175,12 @@ impl Device {
     fn set_features(&self, features: u64) -> Result<isize> {
         check_features(features, FEATURES)?;
         self.vhost.lock().set_features(features)?;
+        Ok(0)
+    }
+
+    fn set_backend_features(&self, features: u64) -> Result<isize> {
+        check_features(features, BACKEND_FEATURES)?;
+        self.vhost.set_backend_features(features);
         Ok(0)
     }
 
@@ -214,6 +222,7 @@ impl Device {
         }
         backend.sync_and_invalidate()?;
 
+        device.forget_misses();
         let backend = Arc::new(backend, GFP_KERNEL_ACCOUNT)?;
         let direct = compat::parameter(crate::module_parameters::direct_completion.value()) != 0;
         start_all(&device, &backend, direct).inspect_err(|_| {

@@ -110,6 +110,8 @@ impl Operations for Queue {
 fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
     let mut batch = Batch::default();
     let Some(mut ring) = guard.disable_notify() else {
+        // What was complete may have waited for the device IOTLB.
+        complete::completions(guard);
         return;
     };
 

@@ -191,16 +191,17 @@ impl CompletionList {
     }
 
     /// Ends [`CompletionList::enter`]. Calls the consumer again if something came meanwhile, and
-    /// wakes who waits, unless that is the caller itself.
+    /// wakes who waits, unless that is the caller itself. `blocked` says that nothing can be taken until
+    /// the worker is called for another reason.
     ///
     /// # Safety
     ///
     /// The caller holds the virtqueue's mutex.
     #[inline]
-    pub(super) unsafe fn leave(&self, caller_waits: bool) {
+    pub(super) unsafe fn leave(&self, caller_waits: bool, blocked: bool) {
         self.consuming.store(false, ordering::Relaxed);
         smp_mb();
-        if !self.is_empty() {
+        if !blocked && !self.is_empty() {
             self.call_consumer();
         } else if !caller_waits && self.waiting.load(ordering::Relaxed) {
             // SAFETY: `wake` is initialised.

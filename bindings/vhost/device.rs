@@ -25,10 +25,16 @@ use kernel::{
     alloc::VBox,
     error::to_result,
     prelude::*,
-    sync::lock::{
-        mutex::MutexBackend,
-        Guard,
-        Lock, //
+    sync::{
+        atomic::{
+            ordering,
+            Atomic, //
+        },
+        lock::{
+            mutex::MutexBackend,
+            Guard,
+            Lock, //
+        },
     },
     types::Opaque, //
 };
@@ -45,6 +51,8 @@ const DRAIN_WARNING_MS: u32 = 10_000;
 pub(crate) struct Device<T: Operations> {
     #[pin]
     raw: Opaque<raw::vhost_dev>,
+    /// There is a device IOTLB, or was when this was last read.
+    has_iotlb: Atomic<bool>,
     vqs: KVec<*mut raw::vhost_virtqueue>,
     virtqueues: KVec<Pin<VBox<Virtqueue<T>>>>,
 }
@@ -85,9 +93,11 @@ impl<T: Operations> Device<T> {
                         weight,
                         byte_weight,
                         true,
-                        Some(no_iotlb),
+                        // Messages for the device IOTLB are the core's.
+                        None,
                     );
                 }),
+                has_iotlb: Atomic::new(false),
                 vqs,
                 virtqueues,
             }? Error))
@@ -138,10 +148,36 @@ impl<T: Operations> Device<T> {
         self.raw.get()
     }
 
+    /// Takes a message for the device IOTLB from user space.
+    ///
+    /// Returns what `write()` is to return: `EFAULT` if there is no device IOTLB. The core would find that
+    /// out with all virtqueues locked. Context: may sleep, as long as another ioctl takes.
+    ///
+    /// # Safety
+    ///
+    /// `from` must be valid, as for `write_iter()`.
+    pub(in crate::bindings) unsafe fn write_iotlb(&self, from: *mut raw::iov_iter) -> isize {
+        if !self.has_iotlb.load(ordering::Relaxed) {
+            return EFAULT.to_errno() as isize;
+        }
+        let _quiet = Quiet::new(&self.virtqueues);
+        // SAFETY: The device is initialised; the caller promises what is said of `from`.
+        unsafe { raw::vhost_chr_write_iter(self.as_raw(), from) }
+    }
+
+    /// `VHOST_SET_BACKEND_FEATURES` with features that were checked. Context: may sleep, as long as another
+    /// ioctl takes.
+    pub(crate) fn set_backend_features(&self, features: u64) {
+        let _quiet = Quiet::new(&self.virtqueues);
+        // SAFETY: The device is initialised. The core takes the locks.
+        unsafe { raw::vhost_set_backend_features(self.as_raw(), features) };
+    }
+
     /// Stops all virtqueues and waits until no request of any is in flight.
     ///
     /// With `abandon` nothing is written to the owner's memory any more. Without, requests are
-    /// completed, but if the task is killed the rest is abandoned: nobody is left who wants it.
+    /// completed, but if the task is killed the rest is abandoned: nobody is left who wants it. So are
+    /// requests of a virtqueue whose rings are not in the device IOTLB.
     ///
     /// Returns when `end_io` is done with the virtqueues, and with nothing queued for the workers.
     fn stop(&self, mut abandon: bool) {
@@ -155,7 +191,8 @@ impl<T: Operations> Device<T> {
             return;
         }
         for (index, vq) in self.virtqueues.iter().enumerate() {
-            abandon = Self::drain(index, vq, abandon);
+            // Of a stopped virtqueue nothing is left.
+            abandon = Self::drain(index, vq, abandon).unwrap_or(abandon);
         }
         // SAFETY: No lock is held that a read-side critical section or a worker waits for. The last
         // request may have been taken while `end_io`, which handed it over, still looks at the
@@ -165,22 +202,42 @@ impl<T: Operations> Device<T> {
             raw::synchronize_rcu();
             raw::vhost_dev_flush(self.as_raw());
         }
+        self.forget_misses();
+    }
+
+    /// Forgets what user space was asked for and has not answered. As long as there is such a miss of a
+    /// virtqueue, the core asks for nothing else. All virtqueues are stopped.
+    fn forget_misses(&self) {
+        // SAFETY: The device is initialised.
+        unsafe { raw::vhost_clear_msg(self.as_raw()) };
     }
 
     /// Waits until no request of a virtqueue that fetches none is in flight. Returns whether it abandoned
     /// some.
-    fn drain(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if it is not stopped and requests that are done cannot be completed: its rings are not in
+    /// the device IOTLB.
+    fn drain(index: usize, vq: &Virtqueue<T>, abandon: bool) -> Result<bool> {
         vq.completions().set_waiting(true);
+        let result = Self::wait_until_idle(index, vq, abandon);
+        vq.completions().set_waiting(false);
+        result
+    }
+
+    fn wait_until_idle(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> Result<bool> {
         loop {
             let mut guard = vq.lock_as(true);
             if abandon {
                 guard.abandon();
             } else {
                 T::handle_completions(&mut guard);
+                guard.drop_untranslated()?;
             }
             if guard.is_idle() {
                 guard.release_backend();
-                break;
+                return Ok(abandon);
             }
             let in_flight = guard.in_flight();
             drop(guard);
@@ -193,18 +250,7 @@ impl<T: Operations> Device<T> {
                 ),
             }
         }
-        vq.completions().set_waiting(false);
-        abandon
     }
-}
-
-/// There is no device IOTLB. Without this the core would lock all virtqueues before it finds out.
-extern "C" fn no_iotlb(
-    _: *mut raw::vhost_dev,
-    _: u32,
-    _: *mut raw::vhost_iotlb_msg,
-) -> kernel::ffi::c_int {
-    EFAULT.to_errno()
 }
 
 #[pinned_drop]
@@ -295,15 +341,18 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
     /// # Errors
     ///
     /// `EBUSY` if a backend runs and other features change, `EPERM` if one runs and the caller is not the
-    /// owner, `EFAULT` if the memory to log is not what the log can cover, `ENOMEM`. Nothing was changed
-    /// then.
+    /// owner, `EFAULT` if the memory to log is not what the log can cover, `EAGAIN` if requests that are done
+    /// cannot be completed for want of a translation, `EINVAL` if the vhost core is set to have no device
+    /// IOTLB, `ENOMEM`. Nothing was changed then.
     pub(crate) fn set_features(&self, features: u64) -> Result {
         const LOG_ALL: u64 = 1 << uapi::feature::LOG_ALL;
+        let mut running = false;
         let mut change = false;
 
         for vq in self.virtqueues() {
             let guard = vq.lock();
             if guard.is_running() || !guard.is_idle() {
+                running = true;
                 let changed = guard.features() ^ features;
                 if changed & !LOG_ALL != 0 {
                     return Err(EBUSY);
@@ -320,6 +369,9 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
             return Err(EFAULT);
         }
         if !change {
+            if !running {
+                self.set_iotlb(features & (1 << uapi::feature::ACCESS_PLATFORM) != 0)?;
+            }
             for vq in self.virtqueues() {
                 vq.lock().set_features(features);
             }
@@ -332,22 +384,33 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
     fn change_logging(&self, features: u64, on: bool) -> Result {
         // What can fail comes first.
         let mut logs = KVec::with_capacity(self.device.virtqueues.len(), GFP_KERNEL)?;
-        for _ in self.virtqueues() {
-            logs.push(LogArray::new(on)?, GFP_KERNEL)?;
+        for vq in self.virtqueues() {
+            let max_iovecs = vq.lock().max_iovecs();
+            logs.push(LogArray::new(on, max_iovecs)?, GFP_KERNEL)?;
         }
         if on {
             for vq in self.virtqueues() {
                 vq.lock().pause();
             }
-            let mut abandon = false;
-            for (index, vq) in self.virtqueues().enumerate() {
-                abandon = Device::drain(index, vq, abandon);
-            }
+            self.drain_paused().inspect_err(|_| {
+                for vq in self.virtqueues() {
+                    vq.lock().unpause();
+                }
+            })?;
         }
         for (vq, log) in self.virtqueues().zip(logs) {
             let mut guard = vq.lock();
             guard.change_logging(features, log);
             guard.unpause();
+        }
+        Ok(())
+    }
+
+    /// Waits until no request of any virtqueue, all of which are paused, is in flight.
+    fn drain_paused(&self) -> Result {
+        let mut abandon = false;
+        for (index, vq) in self.virtqueues().enumerate() {
+            abandon = Device::drain(index, vq, abandon)?;
         }
         Ok(())
     }
@@ -374,7 +437,35 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
             raw::vhost_dev_stop(self.device.as_raw());
             raw::vhost_dev_reset_owner(self.device.as_raw(), memory);
         }
+        self.device.has_iotlb.store(false, ordering::Relaxed);
         Ok(())
+    }
+
+    /// Gives the device, whose virtqueues are stopped and idle, an empty device IOTLB, or takes it away. The
+    /// rings' addresses are forgotten if there was none before, or was one.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, `EINVAL` if the vhost core is set to have none.
+    fn set_iotlb(&self, wanted: bool) -> Result {
+        let raw = self.device.as_raw();
+        // SAFETY: The device is initialised, its mutex held, and none of a virtqueue.
+        unsafe {
+            if wanted {
+                to_result(raw::vhost_init_device_iotlb(raw))?;
+            } else {
+                raw::vhost_clear_device_iotlb(raw);
+            }
+        }
+        self.device.has_iotlb.store(wanted, ordering::Relaxed);
+        self.forget_misses();
+        Ok(())
+    }
+
+    /// Forgets what user space was asked for, for the device IOTLB, and has not answered; all virtqueues
+    /// must be stopped.
+    pub(crate) fn forget_misses(&self) {
+        self.device.forget_misses();
     }
 
     /// The ioctls that the vhost core knows: of devices, then of virtqueues.

@@ -102,9 +102,11 @@ impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
         self.guard.exceeds_weight(requests, bytes)
     }
 
-    /// Leaves notifications off after [`FetchError::Again`]: the core lets the worker come back when
-    /// the device IOTLB has the address.
-    pub(crate) fn wait_for_iotlb(self) {}
+    /// Leaves notifications off after [`FetchError::Again`]: the worker comes back when the device IOTLB
+    /// has the address.
+    pub(crate) fn wait_for_iotlb(self) {
+        self.guard.wait_for_translation();
+    }
 
     /// Leaves notifications off. If a request is in flight, its completion has to lead back here:
     /// then this returns true. Otherwise the worker is let come back.

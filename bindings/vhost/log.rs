@@ -8,7 +8,6 @@
 //!
 //! Source: `vhost_get_vq_desc_n()` and `vhost_log_write()` in `drivers/vhost/vhost.c`.
 
-use super::virtqueue::MAX_IOVECS;
 use crate::bindings::{
     iov::IoVec,
     raw, //
@@ -63,17 +62,17 @@ impl LogArray {
     /// None.
     pub(super) const OFF: Self = Self(VVec::new());
 
-    /// Room if it is logged, or none.
+    /// Room for chains of up to `max_iovecs` stretches if it is logged, or none.
     ///
     /// # Errors
     ///
     /// `ENOMEM`. Context: may sleep.
-    pub(super) fn new(on: bool) -> Result<Self> {
+    pub(super) fn new(on: bool, max_iovecs: usize) -> Result<Self> {
         if !on {
             return Ok(Self::OFF);
         }
         // The core makes an entry for each descriptor, which takes one of the chain's iovecs at least.
-        let stretches = VVec::from_elem(Stretch::new(0, 0), MAX_IOVECS, GFP_KERNEL_ACCOUNT)?;
+        let stretches = VVec::from_elem(Stretch::new(0, 0), max_iovecs, GFP_KERNEL_ACCOUNT)?;
         Ok(Self(stretches))
     }
 
@@ -88,7 +87,7 @@ impl LogArray {
         self.0.get(..len).unwrap_or_default()
     }
 
-    /// The C form: room for [`MAX_IOVECS`], or null.
+    /// The C form: room for as many as a chain may have, or null.
     #[inline]
     pub(super) fn as_raw_mut(&mut self) -> *mut raw::vhost_log {
         if self.is_on() {

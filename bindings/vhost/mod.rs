@@ -9,6 +9,7 @@ mod chain;
 mod completion;
 mod device;
 mod fetch;
+mod iotlb;
 mod log;
 mod request;
 mod used_ring;

@@ -17,6 +17,7 @@ use super::{
         Fetched,
         NotifyDisabled, //
     },
+    iotlb,
     log::{
         self,
         Log,
@@ -71,7 +72,10 @@ pub(crate) const MAX_QUEUE_SIZE: u32 = 1024;
 
 /// Stretches of memory that a chain may have. A chain of a ring's full length fits, with room for
 /// descriptors that cross from one region of the guest's memory to the next.
-pub(super) const MAX_IOVECS: usize = MAX_QUEUE_SIZE as usize + 256;
+const MAX_IOVECS: usize = MAX_QUEUE_SIZE as usize + 256;
+
+/// The same with a device IOTLB, whose translations may be of a page each.
+const MAX_IOTLB_IOVECS: usize = MAX_QUEUE_SIZE as usize + iotlb::ENTRIES;
 
 /// Elements of the core's array for used entries: what a device passes as `iov_limit`.
 pub(super) const MAX_USED: usize = 256;
@@ -115,6 +119,10 @@ struct Inner<T: Operations> {
     used: usize,
     /// The guest broke the ring: nothing is fetched until the next start.
     broken: bool,
+    /// The core has read the used ring's index. With a device IOTLB, the worker lets it.
+    initialised: bool,
+    /// What is missing in the device IOTLB.
+    missed: Missed,
     /// Requests that came from the completion list and were not handed out yet.
     completed: *mut raw::llist_node,
     /// Requests that wait for memory.
@@ -123,6 +131,17 @@ struct Inner<T: Operations> {
     abandoned: bool,
     /// The rings are to be mapped, so that requests can be completed without the worker.
     direct: bool,
+}
+
+/// What a virtqueue last missed in the device IOTLB.
+#[derive(Default)]
+pub(super) struct Missed {
+    /// A part of the rings.
+    pub(super) rings: bool,
+    /// The memory of the next chain.
+    pub(super) chain: bool,
+    /// How many times in a row that, with no room for another translation.
+    pub(super) full: u32,
 }
 
 /// A virtqueue, with `T` as the driver's data; `struct vhost_virtqueue`.
@@ -191,6 +210,8 @@ impl<T: Operations> Virtqueue<T> {
                 paused: false,
                 used: 0,
                 broken: false,
+                initialised: false,
+                missed: Missed::default(),
                 completed: core::ptr::null_mut(),
                 deferred: core::ptr::null_mut(),
                 abandoned: false,
@@ -266,6 +287,7 @@ impl<T: Operations> Virtqueue<T> {
         VirtqueueGuard {
             vq: self,
             waits,
+            translated: None,
             _guard: guard,
         }
     }
@@ -290,6 +312,8 @@ impl<T: Operations> Virtqueue<T> {
 pub(crate) struct VirtqueueGuard<'a, T: Operations> {
     vq: &'a Virtqueue<T>,
     waits: bool,
+    /// Whether the rings are in the device IOTLB, once that was looked for.
+    translated: Option<bool>,
     _guard: Guard<'a, (), MutexBackend>,
 }
 
@@ -355,9 +379,18 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// Whether the owner gave it rings, in memory that it can access.
     pub(crate) fn is_set_up(&self) -> bool {
+        let raw = self.vq.as_raw();
         // SAFETY: The mutex is held, under which the core replaces the memory table before it frees
         // the old one.
-        unsafe { raw::vhost_vq_is_setup(self.vq.as_raw()) }
+        unsafe {
+            if self.has_iotlb() {
+                // 0 is an address like others, unless all three are.
+                let none = (*raw).desc.is_null() && (*raw).avail.is_null() && (*raw).used.is_null();
+                !none && raw::vhost_vq_access_ok(raw)
+            } else {
+                raw::vhost_vq_is_setup(raw)
+            }
+        }
     }
 
     /// Starts on `backend`: allocates the slots and lets the worker look at the ring. With `direct`,
@@ -366,7 +399,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// # Errors
     ///
     /// `EBUSY` if a backend runs or requests are in flight, `EFAULT` if the rings are not
-    /// accessible, `EINVAL` if the ring is larger than [`MAX_QUEUE_SIZE`], `ENOMEM`.
+    /// accessible (with a device IOTLB the worker finds that), `EINVAL` if the ring is larger than
+    /// [`MAX_QUEUE_SIZE`], `ENOMEM`.
     pub(crate) fn start(&mut self, backend: Arc<BlockDevice>, direct: bool) -> Result {
         if self.is_running() || !self.is_idle() {
             return Err(EBUSY);
@@ -388,19 +422,18 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             let bios = unsafe { PendingBios::new(&self.vq.completions) };
             slots.push(Slot::new(bios), GFP_KERNEL_ACCOUNT)?;
         }
-        let iovecs = VVec::from_elem(IoVec::EMPTY, MAX_IOVECS, GFP_KERNEL_ACCOUNT)?;
-        let log = LogArray::new(self.features() & (1 << uapi::feature::LOG_ALL) != 0)?;
+        let max_iovecs = self.max_iovecs();
+        let iovecs = VVec::from_elem(IoVec::EMPTY, max_iovecs, GFP_KERNEL_ACCOUNT)?;
+        let log = self.features() & (1 << uapi::feature::LOG_ALL) != 0;
+        let log = LogArray::new(log, max_iovecs)?;
 
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held. The core takes any pointer but null for 'a backend runs'.
-        to_result(unsafe {
-            (*raw).private_data = raw.cast();
-            raw::vhost_vq_init_access(raw)
-        })
-        .inspect_err(|_| {
-            // SAFETY: The mutex is held.
-            unsafe { (*raw).private_data = core::ptr::null_mut() };
-        })?;
+        unsafe { (*raw).private_data = raw.cast() };
+        self.inner_mut().initialised = false;
+        if !self.has_iotlb() {
+            self.initialise().inspect_err(|_| self.stop())?;
+        }
 
         let inner = self.inner_mut();
         // INVARIANT: No slot is in flight.
@@ -411,6 +444,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.backend = Some(backend);
         inner.used = 0;
         inner.broken = false;
+        inner.missed = Missed::default();
         inner.abandoned = false;
         inner.direct = direct;
         self.map_rings();
@@ -418,6 +452,32 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // The guest may have added buffers before there was a backend to look.
         self.poll();
         Ok(())
+    }
+
+    /// How many stretches of memory a chain may have.
+    pub(super) fn max_iovecs(&self) -> usize {
+        if self.has_iotlb() {
+            MAX_IOTLB_IOVECS
+        } else {
+            MAX_IOVECS
+        }
+    }
+
+    /// Has the core read the used ring's index, and write its flags, for a backend that was just started.
+    fn initialise(&mut self) -> Result {
+        // SAFETY: The mutex is held.
+        to_result(unsafe { raw::vhost_vq_init_access(self.vq.as_raw()) })?;
+        self.inner_mut().initialised = true;
+        Ok(())
+    }
+
+    /// Does what [`VirtqueueGuard::start`] left to the worker, now that the rings can be accessed.
+    /// Returns whether it was done. If it cannot be, the ring is broken.
+    pub(super) fn ensure_initialised(&mut self) -> bool {
+        if !self.inner().initialised && self.is_running() && self.initialise().is_err() {
+            self.set_broken();
+        }
+        self.inner().initialised
     }
 
     /// Stops: nothing is fetched any more. Requests in flight go on.
@@ -463,7 +523,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         let notify_on_empty = features & (1 << uapi::feature::NOTIFY_ON_EMPTY) != 0;
         // SAFETY: The mutex is held.
         let log_used = unsafe { (*self.vq.as_raw()).log_used };
-        if notify_on_empty || log_used || self.is_logging() {
+        // The addresses of a device IOTLB may lead elsewhere at any time.
+        if notify_on_empty || log_used || self.is_logging() || self.has_iotlb() {
             self.set_rings(None);
             return;
         }
@@ -496,6 +557,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     pub(crate) fn follow_memory(&mut self) {
         if self.is_running() {
             self.map_rings();
+            if self.has_iotlb() {
+                // The translations of other rings may have been there before.
+                self.poll();
+            }
         }
     }
 
@@ -570,11 +635,16 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Switches the guest's notifications off, which fetching needs. Returns `None` if nothing may
-    /// be fetched: no backend runs, or the ring is broken.
+    /// be fetched: no backend runs, the ring is broken, or it is not in the device IOTLB. In the last
+    /// case the worker comes back when it is.
     #[inline]
     pub(crate) fn disable_notify(&mut self) -> Option<NotifyDisabled<'_, 'a, T>> {
         let inner = self.inner();
         if !self.is_running() || inner.broken || inner.paused {
+            return None;
+        }
+        if !self.rings_accessible() {
+            self.wait_for_rings();
             return None;
         }
         let raw = self.vq.as_raw();
@@ -601,11 +671,11 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             || busy_poll::should_leave_processor()
     }
 
-    /// Whether there is nothing in the available ring that was not fetched. If that cannot be told, there
-    /// is: fetching says what is wrong, at the latest after the next kick.
+    /// Whether there is nothing in the available ring that could be fetched now and was not. If that cannot
+    /// be told, there is: fetching says what is wrong, at the latest after the next kick.
     #[inline]
     pub(crate) fn avail_empty(&mut self) -> bool {
-        if !self.is_running() || self.inner().broken {
+        if !self.is_running() || self.inner().broken || !self.rings_accessible() {
             return true;
         }
         let raw = self.vq.as_raw();
@@ -615,16 +685,17 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// Whether [`VirtqueueGuard::next_completed`] has something to take.
     #[inline]
-    pub(crate) fn has_completed(&self) -> bool {
+    pub(crate) fn has_completed(&mut self) -> bool {
         let inner = self.inner();
         let none = inner.completed.is_null() && self.vq.completions.is_empty();
-        !none && !inner.abandoned
+        !none && !inner.abandoned && self.rings_accessible()
     }
 
-    /// Takes the next request whose bios are done, oldest first.
+    /// Takes the next request whose bios are done, oldest first. There is none while the rings are not in
+    /// the device IOTLB, so that each can be completed at once.
     #[inline]
     pub(crate) fn next_completed(&mut self) -> Option<Request<'a, T>> {
-        if self.inner().abandoned {
+        if self.inner().abandoned || !self.rings_accessible() {
             return None;
         }
         self.take_completed()
@@ -758,6 +829,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // The core wraps once: more entries than the ring has would go past its end.
         if self.inner().used >= self.inner().slots.len().min(MAX_USED) {
             self.signal_used();
+            if self.inner().used != 0 {
+                // Completed while the rings are not in the device IOTLB.
+                return self.set_broken();
+            }
         }
         let raw = self.vq.as_raw();
         let element = self.used_element(head, len);
@@ -795,10 +870,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Shows the guest all used entries that were made, with one update of the index and at most
     /// one interrupt.
     pub(crate) fn signal_used(&mut self) {
-        let used = core::mem::take(&mut self.inner_mut().used);
-        if used == 0 {
+        if self.inner().used == 0 || !self.rings_accessible() {
             return;
         }
+        let used = core::mem::take(&mut self.inner_mut().used);
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held, and `used` elements of the core's array are set.
         let elements = unsafe { core::slice::from_raw_parts((*raw).heads, used) };
@@ -831,6 +906,28 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         }
         self.inner_mut().used = 0;
     }
+
+    /// For who waits until the virtqueue is idle: drops completed requests if the rings are not in the
+    /// device IOTLB, since no message for it comes while the device's mutex is held. Signals the error
+    /// eventfd if there are any.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` if the virtqueue is not stopped: then they stay.
+    pub(super) fn drop_untranslated(&mut self) -> Result {
+        let inner = self.inner();
+        let none =
+            inner.completed.is_null() && inner.deferred.is_null() && self.vq.completions.is_empty();
+        if none || self.rings_accessible() {
+            return Ok(());
+        }
+        if self.is_running() {
+            return Err(EAGAIN);
+        }
+        self.set_broken();
+        self.abandon();
+        Ok(())
+    }
 }
 
 impl<T: Operations> Drop for VirtqueueGuard<'_, T> {
@@ -838,12 +935,40 @@ impl<T: Operations> Drop for VirtqueueGuard<'_, T> {
     fn drop(&mut self) {
         self.signal_used();
         // SAFETY: The mutex is held until the fields are dropped.
-        unsafe { self.vq.completions.leave(self.waits) };
+        unsafe {
+            self.vq
+                .completions
+                .leave(self.waits, self.translated == Some(false))
+        };
     }
 }
 
-// What `NotifyDisabled` and `DescChain` do with their virtqueue.
+// What `NotifyDisabled`, `DescChain` and the device IOTLB do with their virtqueue.
 impl<'a, T: Operations> VirtqueueGuard<'a, T> {
+    /// The C virtqueue.
+    #[inline]
+    pub(super) fn as_raw(&self) -> *mut raw::vhost_virtqueue {
+        self.vq.as_raw()
+    }
+
+    /// What it missed in the device IOTLB.
+    #[inline]
+    pub(super) fn missed(&mut self) -> &mut Missed {
+        &mut self.inner_mut().missed
+    }
+
+    /// Whether the rings are in the device IOTLB, if [`VirtqueueGuard::set_translated`] said so.
+    #[inline]
+    pub(super) fn translated(&self) -> Option<bool> {
+        self.translated
+    }
+
+    /// Says whether the rings are in the device IOTLB, which holds as long as the guard.
+    #[inline]
+    pub(super) fn set_translated(&mut self, translated: bool) {
+        self.translated = Some(translated);
+    }
+
     #[inline]
     pub(super) fn chain_memory(&self, start: usize, len: usize) -> &[IoVec] {
         self.inner()
@@ -873,6 +998,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         if inner.broken || !running {
             return Err(FetchError::Broken);
         }
+        if self.waits_for_chain() {
+            return Err(FetchError::Again);
+        }
+        let inner = self.inner_mut();
         let (mut out_num, mut in_num, mut descriptors) = (0, 0, 0);
         let mut log_num = 0;
         let log = inner.log.as_raw_mut();
@@ -896,10 +1025,17 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         };
         if head < 0 {
             if head == EAGAIN.to_errno() {
-                return Err(FetchError::Again);
+                if self.chain_missed() {
+                    return Err(FetchError::Again);
+                }
+                self.set_broken();
+                return Err(FetchError::Broken);
             }
             inner.broken = true;
             return Err(FetchError::Broken);
+        }
+        if inner.missed.chain {
+            inner.missed = Missed::default();
         }
         // CAST: Not negative, and not above the ring's size.
         let head = head as u16;

@@ -11,6 +11,7 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
 use vhost_blk_ring::device::numbers;
+use vhost_blk_ring::iotlb::Format;
 use vhost_blk_ring::uapi::{self, Info, feature};
 use vhost_blk_ring::{
     Device, Error, GuestAddress, Memory, RawArg, Request, Ring, Shape, Status, WorkerMode,
@@ -39,7 +40,11 @@ pub(crate) const TESTS: &[Test] = &[
         "offered bits, others EOPNOTSUPP, EBUSY while running",
         features
     ),
-    test!("abi.backend_features", "there are none", backend_features),
+    test!(
+        "abi.backend_features",
+        "messages of version 2, and no other",
+        backend_features
+    ),
     test!(
         "abi.vring_num",
         "powers of two up to 1024, EBUSY while running",
@@ -134,6 +139,7 @@ const OFFERED: u64 = feature::NOTIFY_ON_EMPTY
     | feature::INDIRECT_DESC
     | feature::EVENT_IDX
     | feature::VERSION_1
+    | feature::ACCESS_PLATFORM
     | (1 << 1)
     | (1 << 2)
     | (1 << 4)
@@ -336,9 +342,14 @@ fn backend_features(context: &Context) -> Result<()> {
     let device = context.device()?;
     device.set_owner()?;
     let features = works("GET_BACKEND_FEATURES", device.get_backend_features())?;
-    ensure!(features == 0, "GET_BACKEND_FEATURES: {features:#x}");
+    let offered = Format::V2.backend_features();
+    ensure!(features == offered, "GET_BACKEND_FEATURES: {features:#x}");
+    works(
+        "SET_BACKEND_FEATURES, all",
+        device.set_backend_features(offered),
+    )?;
     works("SET_BACKEND_FEATURES 0", device.set_backend_features(0))?;
-    for bit in 0..64 {
+    for bit in (0..64).filter(|bit| offered != 1 << bit) {
         fails(
             format_args!("SET_BACKEND_FEATURES, bit {bit}"),
             device.set_backend_features(1 << bit),
@@ -1238,8 +1249,8 @@ fn no_iotlb(context: &Context) -> Result<()> {
     ensure!(read == Err(Some(libc::EAGAIN)), "read: {read:?}");
     let mut message = [0; 128];
     for (what, kind, errno) in [
-        ("message of type 0", 0u32, libc::EINVAL),
-        ("message of type 3", 3, libc::EINVAL),
+        ("message of type 0", 0u32, libc::EFAULT),
+        ("message of type 3", 3, libc::EFAULT),
         ("IOTLB message", 1, libc::EFAULT),
         ("IOTLB message, version 2", 2, libc::EFAULT),
     ] {
@@ -1248,7 +1259,7 @@ fn no_iotlb(context: &Context) -> Result<()> {
         ensure!(wrote == Err(Some(errno)), "write of a {what}: {wrote:?}");
     }
     let wrote = error(file.write(&message[..3]));
-    ensure!(wrote == Err(Some(libc::EINVAL)), "a short write: {wrote:?}");
+    ensure!(wrote == Err(Some(libc::EFAULT)), "a short write: {wrote:?}");
     // An update of a device IOTLB that is not there.
     let mut update = [0; 72];
     update[..4].copy_from_slice(&1u32.to_ne_bytes());
