@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 use vhost_blk_ring::request::SECTOR_SIZE;
-use vhost_blk_ring::{WorkerMode, Workers, uapi};
+use vhost_blk_ring::{Iotlb, WorkerMode, Workers, uapi};
 
 /// Check a host and its vhost-blk module, without a guest.
 #[derive(Debug, Parser)]
@@ -107,6 +107,13 @@ pub(crate) struct ExerciseArgs {
     /// For how long the workers may poll before they sleep; 0 for not at all
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     pub(crate) poll_us: u32,
+    /// Have all addresses translated by a device IOTLB that is empty at first
+    #[arg(long)]
+    iotlb: bool,
+    /// How often a translation is taken away at random
+    #[arg(long, value_name = "MILLISECONDS", requires = "iotlb",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    invalidate_ms: Option<u64>,
     /// How long a request may take, seconds
     #[arg(long, default_value_t = 30, value_name = "SECONDS",
           value_parser = clap::value_parser!(u64).range(1..))]
@@ -125,6 +132,14 @@ pub(crate) struct ExerciseArgs {
 impl ExerciseArgs {
     pub(crate) fn timeout(&self) -> Duration {
         Duration::from_secs(self.timeout)
+    }
+
+    /// The device IOTLB that was asked for.
+    pub(crate) fn iotlb(&self) -> Option<Iotlb> {
+        self.iotlb.then(|| Iotlb {
+            invalidate_every: self.invalidate_ms.map(Duration::from_millis),
+            ..Iotlb::default()
+        })
     }
 
     /// Fails for what the command line's grammar lets through and the kernel

@@ -20,6 +20,8 @@ pub(crate) const CHECKS: &[Check] = &[Check {
 /// A way to break a ring.
 struct Fault {
     name: &'static str,
+    /// With a device IOTLB nothing is wrong with it: the device waits for a translation.
+    only_without_iotlb: bool,
     /// Publishes something that no good driver does.
     cause: fn(&mut Queue) -> vhost_blk_ring::Result<()>,
 }
@@ -27,6 +29,7 @@ struct Fault {
 const FAULTS: &[Fault] = &[
     Fault {
         name: "a head beyond the table",
+        only_without_iotlb: false,
         cause: |queue| {
             queue.ring.push_avail(queue.ring.size())?;
             queue.ring.publish().map(drop)
@@ -34,6 +37,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         name: "more entries than the ring has",
+        only_without_iotlb: false,
         cause: |queue| {
             let index = queue.ring.next_avail().wrapping_add(queue.ring.size() + 1);
             queue.ring.set_avail_idx(index)
@@ -41,6 +45,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         name: "a loop",
+        only_without_iotlb: false,
         cause: |queue| {
             let chain = queue.ring.take(2)?;
             let buffer = queue.ring.avail_ring().addr().0;
@@ -54,6 +59,7 @@ const FAULTS: &[Fault] = &[
     },
     Fault {
         name: "a buffer outside of the memory",
+        only_without_iotlb: true,
         cause: |queue| {
             let chain = queue.ring.take(1)?;
             let descriptor = Descriptor::new(1 << 52, 4096, DESC_F_WRITE, 0);
@@ -67,7 +73,11 @@ const FAULTS: &[Fault] = &[
 fn broken_ring(context: &Context<'_>) -> Result<Outcome> {
     let mut guest = context.start(&context.options(2))?;
     let block = context.disk.block();
-    for Fault { name, cause } in FAULTS {
+    let faults = FAULTS
+        .iter()
+        .filter(|fault| guest.translator().is_none() || !fault.only_without_iotlb);
+    let faults: Vec<_> = faults.collect();
+    for Fault { name, cause, .. } in &faults {
         cause(guest.queue(0))?;
         let ring = &guest.queue(0).ring;
         ring.kick()?;
@@ -98,5 +108,5 @@ fn broken_ring(context: &Context<'_>) -> Result<Outcome> {
             context.read(guest.queue(index), 0, block, &Shape::default())?;
         }
     }
-    Ok(Outcome::Passed(format!("{} ways", FAULTS.len())))
+    Ok(Outcome::Passed(format!("{} ways", faults.len())))
 }
