@@ -157,6 +157,7 @@ POLL = "--poll-us=1000"
 WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
 TASK = (*WRITE, "--worker-mode=task")
 KTHREAD = (*WRITE, "--worker-mode=kthread")
+IOTLB = ("--iotlb", "--invalidate-ms=20")
 
 
 def pins():
@@ -257,6 +258,8 @@ TESTS = [
     Test("exercise: scsi_debug", exercise(ScsiDebug, *TASK)),
     Test("exercise: scsi_debug, 4096-byte blocks",
          exercise(lambda: ScsiDebug(block_size=4096), *TASK)),
+    Test("exercise: null_blk irqmode=2, through a device IOTLB that loses translations",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB)),
     test_read_only,
     test_stop_in_flight,
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
@@ -279,6 +282,9 @@ TESTS = [
     Test("exercise: null_blk irqmode=2, completed in an interrupt",
          exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
     Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),
+    Test("stop and restart through a device IOTLB, which the worker completes then, too",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB, "--only=stop", "--only=read",
+                  parameters=DIRECT)),
     Test("Stop and release with requests in flight, without a worker", test_stop_in_flight),
     Test("exercise: null_blk irqmode=2, completed in an interrupt unless the worker polls",
          exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=DIRECT)),

@@ -12,6 +12,7 @@ mod child;
 mod context;
 mod dirty_log;
 mod disk;
+mod iotlb;
 mod kmsg;
 mod lifecycle;
 mod memory;
@@ -86,6 +87,7 @@ fn tests() -> Vec<&'static Test> {
         memory::TESTS,
         placement::TESTS,
         dirty_log::TESTS,
+        iotlb::TESTS,
     ]
     .into_iter()
     .flatten()
