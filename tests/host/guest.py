@@ -13,6 +13,7 @@ import time
 
 import devices
 import ktap
+import viommu
 from disks import Brd, NullBlk, ScsiDebug, sh
 from ktap import say
 from vm import Guest
@@ -339,8 +340,9 @@ def main():
     if options.module:
         sh("modprobe", "vhost")
         sh("insmod", options.module)
-    devices.OPTIONS = options
-    tests = TESTS if options.device == "virtio-blk-pci" else devices.TESTS + TESTS
+    devices.OPTIONS = viommu.OPTIONS = options
+    tests = (TESTS if options.device == "virtio-blk-pci"
+             else devices.TESTS + viommu.TESTS + TESTS)
     RIG = Rig(options)
     try:
         return ktap.run(tests, options, RIG.explain)

@@ -63,13 +63,15 @@ class Guest:
     disks through the firmware. args: QEMU's arguments for the disks and what
     else the test is about. append: more of the kernel command line. pass_fds:
     open files that QEMU is given. shell: the serial console is the socket
-    "shell" in the guest's folder, and not the file "console".
+    "shell" in the guest's folder, and not the file "console". machine: QEMU's
+    -machine.
     """
 
     BOOT_TIMEOUT = 300
 
     def __init__(self, name, qemu, work, kernel=None, initrd=None, args=(),
-                 append="", smp=2, memory="512M", accel="kvm", pass_fds=(), shell=False):
+                 append="", smp=2, memory="512M", accel="kvm", pass_fds=(), shell=False,
+                 machine="pc"):
         self.name = name
         self.qemu = qemu
         self.dir = os.path.join(work, name)
@@ -82,6 +84,7 @@ class Guest:
         self.accel = accel
         self.pass_fds = pass_fds
         self.shell = shell
+        self.machine = machine
         self.process = None
         self.events = []
         self.replies = []
@@ -96,7 +99,7 @@ class Guest:
         line = [
             self.qemu, "-name", f"{self.name},debug-threads=on",
             "-nodefaults", "-no-user-config", "-display", "none",
-            "-machine", "pc", "-accel", self.accel,
+            "-machine", self.machine, "-accel", self.accel,
             "-cpu", "host" if self.accel == "kvm" and native_kvm() else "qemu64",
             "-smp", str(self.smp), "-m", self.memory,
             "-serial", (f"unix:{path}/shell,server=on,wait=off" if self.shell
