@@ -109,6 +109,16 @@ bool rust_helper_llist_empty(struct llist_head *head)
 	return llist_empty(head);
 }
 
+void rust_helper_local_bh_disable(void)
+{
+	local_bh_disable();
+}
+
+void rust_helper_local_bh_enable(void)
+{
+	local_bh_enable();
+}
+
 u64 rust_helper_local_clock(void)
 {
 	return local_clock();

@@ -4,6 +4,7 @@
 /* Functions for what is only a macro or a static inline in C. No logic here. */
 
 #include <linux/blkdev.h>
+#include <linux/bottom_half.h>
 #include <linux/llist.h>
 #include <linux/sched.h>
 #include <linux/sched/clock.h>
@@ -31,6 +32,9 @@ void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
 bool rust_helper_llist_empty(struct llist_head *head);
+
+void rust_helper_local_bh_disable(void);
+void rust_helper_local_bh_enable(void);
 
 u64 rust_helper_local_clock(void);
 bool rust_helper_need_resched(void);

@@ -105,8 +105,8 @@ impl Operations for Queue {
 
 /// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had.
 ///
-/// What completes within its own submission is completed here, before the worker sleeps, and so is what comes
-/// while it polls.
+/// What completes within its own submission, or in a softirq of this processor behind it, is completed here,
+/// before the worker sleeps, and so is what comes while it polls.
 fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
     let mut batch = Batch::default();
     let Some(mut ring) = guard.disable_notify() else {
@@ -117,6 +117,7 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
 
     loop {
         let end = block::with_plug(|| submit::batch(&mut ring, &mut batch));
+        block::run_softirqs();
         complete::completions(ring.guard());
 
         match end {

@@ -8,4 +8,7 @@ mod plug;
 
 pub(crate) use bio::{Bio, BioSet, BuildError, Building, Finished, Op, PendingBios, MAX_BIO_PAGES};
 pub(crate) use device::BlockDevice;
-pub(crate) use plug::with_plug;
+pub(crate) use plug::{
+    run_softirqs,
+    with_plug, //
+};

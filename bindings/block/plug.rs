@@ -2,7 +2,7 @@
 
 //! Plugging: bios submitted together reach the device together.
 //!
-//! C header: `include/linux/blkdev.h`.
+//! C headers: `include/linux/blkdev.h`, `include/linux/bottom_half.h`.
 
 use crate::bindings::raw;
 use core::mem::MaybeUninit;
@@ -23,4 +23,17 @@ pub(crate) fn with_plug<R>(submit: impl FnOnce() -> R) -> R {
     // SAFETY: `plug` was started above by this very task.
     unsafe { raw::blk_finish_plug(plug.as_mut_ptr()) };
     result
+}
+
+/// Runs the softirqs that wait for this processor. What was just submitted and is done may be waiting for
+/// one, which would otherwise run in a thread of its own when this task sleeps.
+///
+/// Context: process context, with interrupts on.
+#[inline]
+pub(crate) fn run_softirqs() {
+    // SAFETY: To have them off for a moment is legal here: they run when they are switched on again.
+    unsafe {
+        raw::rust_helper_local_bh_disable();
+        raw::rust_helper_local_bh_enable();
+    }
 }
