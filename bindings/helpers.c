@@ -49,7 +49,7 @@ struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev)
 	return &bdev_get_queue(bdev)->limits;
 }
 
-/* The one loop here: its iterator is a macro. */
+/* A loop, since its iterator is a macro. */
 bool rust_helper_bio_dirty(struct bio *bio)
 {
 	struct folio_iter fi;
@@ -64,6 +64,30 @@ bool rust_helper_bio_dirty(struct bio *bio)
 bool rust_helper_page_dirty(struct page *page)
 {
 	return folio_test_dirty(page_folio(page));
+}
+
+bool rust_helper_get_user_u16(u16 *to, const u16 __user *from)
+{
+	return !get_user(*to, from);
+}
+
+/* A loop, since unsafe_get_user() is a macro. */
+bool rust_helper_get_user_words(u64 *to, const u64 __user *from, unsigned int count)
+{
+	if (!user_access_begin(from, count * sizeof(*from)))
+		return false;
+	while (count--)
+		unsafe_get_user(*to++, from++, fault);
+	user_access_end();
+	return true;
+fault:
+	user_access_end();
+	return false;
+}
+
+bool rust_helper_put_user_u8(u8 value, u8 __user *to)
+{
+	return !put_user(value, to);
 }
 
 void *rust_helper_vmap(struct page **pages, unsigned int count)

@@ -9,6 +9,7 @@
 #include <linux/sched.h>
 #include <linux/sched/clock.h>
 #include <linux/spinlock.h>
+#include <linux/uaccess.h>
 
 struct vhost_virtqueue;
 
@@ -22,6 +23,10 @@ struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev);
 
 bool rust_helper_bio_dirty(struct bio *bio);
 bool rust_helper_page_dirty(struct page *page);
+bool rust_helper_get_user_u16(u16 *to, const u16 __user *from);
+bool rust_helper_get_user_words(u64 *to, const u64 __user *from, unsigned int count);
+bool rust_helper_put_user_u8(u8 value, u8 __user *to);
+
 void *rust_helper_vmap(struct page **pages, unsigned int count);
 void rust_helper_vunmap(void *base);
 

@@ -14,11 +14,7 @@ use kernel::{
         IovIterDest,
         IovIterSource, //
     },
-    prelude::*,
-    uaccess::{
-        UserPtr,
-        UserSlice, //
-    },
+    prelude::*, //
 };
 
 /// A stretch of user memory; `struct iovec`.
@@ -44,7 +40,8 @@ impl IoVec {
     pub(crate) const EMPTY: Self = Self::new(0, 0);
 
     /// `len` bytes from `address` on.
-    const fn new(address: usize, len: usize) -> Self {
+    #[inline]
+    pub(super) const fn new(address: usize, len: usize) -> Self {
         Self(raw::iovec {
             iov_base: core::ptr::without_provenance_mut(address),
             iov_len: len,
@@ -220,18 +217,34 @@ pub(super) fn total(iovecs: &[IoVec]) -> usize {
     iovecs.iter().map(IoVec::len).sum()
 }
 
+/// Reads words of the owner's memory. `None` if they cannot all be read.
+///
+/// Context: process context in the owner's address space; may sleep.
+#[inline]
+pub(super) fn read_words(address: usize, out: &mut [u64]) -> Option<()> {
+    let from = core::ptr::without_provenance(address);
+    // SAFETY: There is room for as many words. Any address may be given: what is not the owner's fails.
+    let read = unsafe { raw::rust_helper_get_user_words(out.as_mut_ptr(), from, out.len() as u32) };
+    read.then_some(())
+}
+
 /// Copies from the start of `iovecs` to `out`. Returns the bytes copied, as [`UserIter::copy_from`]
 /// does, or 0 if they cannot all be read.
 ///
 /// Context: process context in the owner's address space; may sleep.
 #[inline]
-pub(super) fn copy_start(iovecs: &[IoVec], out: &mut [u8]) -> usize {
+pub(super) fn copy_start(iovecs: &[IoVec], out: &mut [u8; 16]) -> usize {
     match iovecs.first() {
         // All in one piece, as drivers do it: no need for a cursor.
         Some(first) if first.len() >= out.len() => {
-            let address = UserPtr::from_addr(first.address());
-            let mut reader = UserSlice::new(address, out.len()).reader();
-            reader.read_slice(out).map_or(0, |()| out.len())
+            let mut words = [0; 2];
+            if read_words(first.address(), &mut words).is_none() {
+                return 0;
+            }
+            let [low, high] = words.map(u64::to_ne_bytes);
+            out[..8].copy_from_slice(&low);
+            out[8..].copy_from_slice(&high);
+            out.len()
         }
         _ => UserIter::new(iovecs, Direction::Source).copy_from(out),
     }
@@ -320,8 +333,12 @@ impl StatusByte {
     /// `EFAULT` if the memory cannot be written.
     #[inline]
     pub(crate) fn write(self, status: u8) -> Result {
-        UserSlice::new(UserPtr::from_addr(self.address), 1)
-            .writer()
-            .write(&status)
+        let to = core::ptr::without_provenance_mut(self.address);
+        // SAFETY: Any address may be given: what is not the owner's fails.
+        if unsafe { raw::rust_helper_put_user_u8(status, to) } {
+            Ok(())
+        } else {
+            Err(EFAULT)
+        }
     }
 }

@@ -94,7 +94,7 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     ///
     /// Context: process context in the owner's address space; may sleep.
     #[inline]
-    pub(crate) fn copy_start(&self, out: &mut [u8]) -> usize {
+    pub(crate) fn copy_start(&self, out: &mut [u8; 16]) -> usize {
         iov::copy_start(self.out(), out)
     }
 

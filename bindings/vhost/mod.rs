@@ -7,6 +7,7 @@
 mod busy_poll;
 mod chain;
 mod completion;
+mod descriptors;
 mod device;
 mod fetch;
 mod iotlb;

@@ -2,10 +2,13 @@
 
 //! The module's pure code, compiled again in user space.
 //!
-//! The files under `driver/` are what the kernel module is built from,
+//! The files under `driver/` and `bindings/` are what the kernel module is built from,
 //! unchanged. This crate has nothing but tests of them, of every bound and with
 //! random input.
 
+#[cfg(test)]
+#[path = "../../../bindings/vhost/descriptors.rs"]
+mod descriptors;
 #[cfg(test)]
 #[path = "../../../driver/request.rs"]
 mod request;
@@ -16,6 +19,8 @@ mod transfer;
 #[path = "../../../driver/window.rs"]
 mod window;
 
+#[cfg(test)]
+mod descriptors_tests;
 #[cfg(test)]
 mod request_tests;
 #[cfg(test)]
