@@ -250,6 +250,61 @@ pub(super) fn copy_start(iovecs: &[IoVec], out: &mut [u8; 16]) -> usize {
     }
 }
 
+/// A stretch of user memory within one page, and which way its data goes.
+///
+/// # Invariants
+///
+/// It is at least one byte, and does not cross the end of a page.
+pub(crate) struct PageBytes {
+    address: usize,
+    len: usize,
+    direction: Direction,
+}
+
+impl PageBytes {
+    /// What is in `iovecs` behind a first one of `skip` bytes, or in all of them if that is 0. `None` unless
+    /// it is one stretch within one page.
+    #[inline]
+    pub(super) fn new(iovecs: &[IoVec], skip: usize, direction: Direction) -> Option<Self> {
+        let (mut data, mut rest) = iovecs.split_first()?;
+        if skip != 0 {
+            if data.len() != skip {
+                return None;
+            }
+            (data, rest) = rest.split_first()?;
+        }
+        let (address, len) = (data.address(), data.len());
+        let room = raw::PAGE_SIZE - address % raw::PAGE_SIZE;
+        if len == 0 || len > room || rest.iter().any(|iovec| iovec.len() != 0) {
+            return None;
+        }
+        // INVARIANT: It was checked just now.
+        Some(Self {
+            address,
+            len,
+            direction,
+        })
+    }
+
+    /// Address of its first byte.
+    #[inline]
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Bytes.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Which way the data goes.
+    #[inline]
+    pub(super) fn direction(&self) -> Direction {
+        self.direction
+    }
+}
+
 /// A position in stretches of user memory that it owns.
 pub(crate) struct OwnedUserIter {
     iovecs: KVVec<IoVec>,

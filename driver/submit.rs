@@ -26,7 +26,10 @@ use crate::bindings::{
         BuildError,
         Op, //
     },
-    iov::UserIter,
+    iov::{
+        PageBytes,
+        UserIter, //
+    },
     uapi::{
         feature,
         SERIAL_LEN, //
@@ -200,6 +203,9 @@ fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limit
     let Some(backend) = chain.guard().backend() else {
         return complete(chain, Status::IoErr, 0);
     };
+    if let Some(page) = data_page(&chain, op, backend.dma_alignment()) {
+        return transfer_page(chain, op, sector, &page);
+    }
     let mut memory = data(&chain, op);
     let len = memory.remaining();
     let how = Fill::new(&memory, backend.dma_alignment(), limits.logical_block_size);
@@ -253,6 +259,47 @@ fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limit
     rest::extend(guard, &mut request);
     request.submit();
     Outcome::Submitted(len)
+}
+
+/// The memory of the chain's data, if it is within one page, and the disk can access it.
+///
+/// A request's length was checked to be whole blocks: there is nothing to cut.
+fn data_page(chain: &DescChain<'_, '_, Queue>, op: Op, dma_alignment: u32) -> Option<PageBytes> {
+    let page = if op == Op::Read {
+        chain.writable_page()
+    } else {
+        chain.readable_page(HEADER_LEN)
+    }?;
+    ((page.address() | page.len()) & dma_alignment as usize == 0).then_some(page)
+}
+
+/// Submits a read or a write of data in one page: the most common request, with the least to do.
+fn transfer_page(
+    chain: DescChain<'_, '_, Queue>,
+    op: Op,
+    sector: u64,
+    page: &PageBytes,
+) -> Outcome {
+    let Some(mut bio) = chain.new_bio(op, sector, 1) else {
+        chain.discard();
+        return Outcome::NoMemory;
+    };
+    if bio.pin_page(page).is_err() {
+        return complete(chain, Status::IoErr, 0);
+    }
+    let read_len = if op == Op::Read { page.len() } else { 0 };
+    let request = chain.claim(Some(outcomes(read_len)), |completion| InFlight {
+        completion,
+        read_len,
+        bounces: false,
+        rest: None,
+    });
+    let Some((guard, mut request)) = request else {
+        return Outcome::Broken;
+    };
+    request.add(guard, bio);
+    request.submit();
+    Outcome::Submitted(page.len())
 }
 
 /// What the end of a request says that `read_len` bytes are read for.

@@ -8,6 +8,7 @@ use super::device::BlockDevice;
 use crate::bindings::{
     iov::{
         Direction,
+        PageBytes,
         UserIter, //
     },
     raw,
@@ -255,9 +256,25 @@ impl<State> Bio<'_, State> {
         flags & (1 << raw::BIO_PAGE_PINNED) != 0 && !self.vectors().is_empty()
     }
 
+    /// Its page, if it has one vector and that is within one page.
+    #[inline]
+    fn single_page(&self) -> Option<*mut raw::page> {
+        match self.vectors() {
+            [vector] => {
+                let end = vector.bv_offset as usize + vector.bv_len as usize;
+                (end <= raw::PAGE_SIZE).then_some(vector.bv_page)
+            }
+            _ => None,
+        }
+    }
+
     /// Whether all its pages, of which there are some, are dirty.
     #[inline]
     fn is_dirty(&self) -> bool {
+        if let Some(page) = self.single_page() {
+            // SAFETY: By the type invariant the page is pinned for this bio.
+            return unsafe { raw::rust_helper_page_dirty(page) };
+        }
         // SAFETY: By the type invariant the bio is ours, and its pages are pinned.
         unsafe { raw::rust_helper_bio_dirty(self.raw.as_ptr()) }
     }
@@ -340,6 +357,47 @@ impl Bio<'_, Building> {
             // CAST: Positive, and not above `room`.
             bio.bi_iter.bi_size += added as u32;
         }
+        Ok(())
+    }
+
+    /// Pins memory of one page and adds it: for that, the same as [`Bio::pin`]. Its address and length are
+    /// aligned as the device wants it.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Fault`] if the memory cannot be pinned, or the bio has data already.
+    #[inline]
+    pub(crate) fn pin_page(&mut self, memory: &PageBytes) -> Result<(), BuildError> {
+        let writes = memory.direction() == Direction::Destination;
+        let (bounces, is_read) = (self.bounces(), self.is_read());
+        // SAFETY: By the type invariant the bio is ours.
+        let bio = unsafe { &mut *self.raw.as_ptr() };
+        if bounces || is_read != writes || bio.bi_vcnt != 0 || bio.bi_max_vecs == 0 {
+            return Err(BuildError::Fault);
+        }
+        let offset = memory.address() % raw::PAGE_SIZE;
+        let flags = if writes { raw::FOLL_WRITE } else { 0 };
+        let mut page = core::ptr::null_mut();
+        // SAFETY: There is room for one page. Any user address may be asked for.
+        let pinned =
+            unsafe { raw::pin_user_pages_fast(memory.address() - offset, 1, flags, &mut page) };
+        if pinned != 1 {
+            return Err(BuildError::Fault);
+        }
+        // CAST: Both are not above the size of a page.
+        let vector = raw::bio_vec {
+            bv_page: page,
+            bv_len: memory.len() as u32,
+            bv_offset: offset as u32,
+        };
+        // SAFETY: There is room for at least one vector.
+        unsafe { *bio.bi_io_vec = vector };
+        // INVARIANT: The only vector is pinned.
+        bio.bi_vcnt = 1;
+        bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
+        bio.bi_iter.bi_size = memory.len() as u32;
         Ok(())
     }
 
@@ -445,12 +503,15 @@ impl Bio<'_, Finished> {
             return Err(self);
         }
         let raw = self.raw.as_ptr();
+        let page = self.single_page().filter(|_| pinned);
         core::mem::forget(self);
         // SAFETY: By the type invariant, which was the object's, its pages are pinned if the flag says
         // so, and this is the only reference.
         unsafe {
-            if pinned {
-                raw::__bio_release_pages(raw, false);
+            match page {
+                Some(page) => raw::unpin_user_page(page),
+                None if pinned => raw::__bio_release_pages(raw, false),
+                None => (),
             }
             raw::bio_put(raw);
         }
@@ -472,7 +533,10 @@ impl<State> Drop for Bio<'_, State> {
             // now. A bio is dropped in process context, so their lock can be taken.
             unsafe {
                 let mark = self.is_read() && !self.is_dirty();
-                raw::__bio_release_pages(self.raw.as_ptr(), mark);
+                match self.single_page() {
+                    Some(page) if !mark => raw::unpin_user_page(page),
+                    _ => raw::__bio_release_pages(self.raw.as_ptr(), mark),
+                }
             }
         }
         // SAFETY: By the type invariant this is the only reference.

@@ -24,6 +24,7 @@ use crate::bindings::{
         self,
         Direction,
         IoVec,
+        PageBytes,
         StatusByte,
         UserIter, //
     },
@@ -124,6 +125,22 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
             log.will_write(self.writable_len().min(data.len()));
         }
         UserIter::new(self.input(), Direction::Destination).copy_to(data)
+    }
+
+    /// As [`DescChain::writable`], if all is one stretch within a page.
+    #[inline]
+    pub(crate) fn writable_page(&self) -> Option<PageBytes> {
+        if let Some(log) = &self.log {
+            log.will_write(self.writable_len());
+        }
+        PageBytes::new(self.input(), 0, Direction::Destination)
+    }
+
+    /// The memory that the device reads behind the first stretch, of `skip` bytes, if all is one stretch within
+    /// a page.
+    #[inline]
+    pub(crate) fn readable_page(&self, skip: usize) -> Option<PageBytes> {
+        PageBytes::new(self.out(), skip, Direction::Source)
     }
 
     /// The locked virtqueue.
