@@ -5,7 +5,9 @@
 use super::{
     queue::{
         InFlight,
-        Queue, //
+        Queue,
+        BYTE_WEIGHT,
+        WEIGHT, //
     },
     request::{
         self,
@@ -77,7 +79,9 @@ pub(super) enum End {
 /// Fetches chains and submits their requests.
 pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch) -> End {
     for _ in 0..TURN {
-        if ring.exceeds_weight(batch.requests, batch.bytes) {
+        // The core is asked when there is something to do about it.
+        let weighs = batch.requests >= WEIGHT as usize || batch.bytes >= BYTE_WEIGHT as usize;
+        if weighs && ring.exceeds_weight(batch.requests, batch.bytes) {
             return End::Weight;
         }
         let chain = match ring.next_chain() {

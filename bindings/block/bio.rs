@@ -17,7 +17,11 @@ use crate::bindings::{
 use core::{
     cell::UnsafeCell,
     marker::PhantomData,
-    mem::size_of,
+    mem::{
+        offset_of,
+        size_of,
+        MaybeUninit, //
+    },
     ptr::NonNull, //
 };
 use kernel::{
@@ -39,7 +43,7 @@ pub(crate) const MAX_BIO_PAGES: usize = raw::BIO_MAX_VECS as usize;
 /// Most bytes that one bio holds, however few pieces they are.
 const MAX_BIO_LEN: u32 = (MAX_BIO_PAGES * raw::PAGE_SIZE) as u32;
 
-/// What stands before each bio of a [`BioSet`] in memory.
+/// What stands before each bio of a [`BioSet`] or a [`BioRoom`] in memory.
 #[repr(C)]
 struct Prefix {
     /// The next bio of the same request.
@@ -49,7 +53,7 @@ struct Prefix {
 }
 
 fn prefix(bio: NonNull<raw::bio>) -> *mut Prefix {
-    // All bios of this module come from a `BioSet`, which puts a `Prefix` before each.
+    // All bios of this module come from a `BioSet` or a `BioRoom`, which put a `Prefix` before each.
     bio.as_ptr().wrapping_byte_sub(size_of::<Prefix>()).cast()
 }
 
@@ -169,6 +173,116 @@ impl PinnedDrop for BioSet {
     }
 }
 
+/// Room for one bio with few vectors, which takes no allocation.
+///
+/// # Invariants
+///
+/// While `taken` is true there is one bio in it, initialised, whose `bi_pool` is null; else there is none.
+#[repr(C)]
+pub(crate) struct BioRoom {
+    prefix: UnsafeCell<MaybeUninit<Prefix>>,
+    /// Directly behind the prefix.
+    bio: Opaque<raw::bio>,
+    vectors: UnsafeCell<[MaybeUninit<raw::bio_vec>; BioRoom::VECTORS]>,
+    taken: Atomic<bool>,
+}
+
+const _: () = assert!(
+    offset_of!(BioRoom, bio) == size_of::<Prefix>(),
+    "the prefix is not directly before the bio"
+);
+
+// SAFETY: Whose the bio is says its object; `taken` is atomic.
+unsafe impl Send for BioRoom {}
+// SAFETY: As above.
+unsafe impl Sync for BioRoom {}
+
+impl BioRoom {
+    /// Vectors of its bio.
+    pub(crate) const VECTORS: usize = 4;
+
+    /// Room that is free.
+    pub(in crate::bindings) const fn new() -> Self {
+        // INVARIANT: It is not taken.
+        Self {
+            prefix: UnsafeCell::new(MaybeUninit::uninit()),
+            bio: Opaque::uninit(),
+            vectors: UnsafeCell::new([const { MaybeUninit::uninit() }; Self::VECTORS]),
+            taken: Atomic::new(false),
+        }
+    }
+
+    /// Whether there is a bio in it.
+    #[inline]
+    pub(in crate::bindings) fn is_taken(&self) -> bool {
+        self.taken.load(ordering::Acquire)
+    }
+
+    /// Makes a bio as [`BioSet::alloc`] does, for up to [`BioRoom::VECTORS`] pieces of pages. Returns `None` if
+    /// there is one already.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else calls at the same time. The room is not moved or freed while it is taken.
+    #[inline]
+    pub(in crate::bindings) unsafe fn fill<'a>(
+        &self,
+        device: &BlockDevice,
+        op: Op,
+        sector: u64,
+    ) -> Option<Bio<'a, Building>> {
+        if self.is_taken() {
+            return None;
+        }
+        let bio = self.bio.get();
+        // SAFETY: The room is free and the caller's alone, so all of it may be written. The device is open,
+        // and the vectors are as many as said. `bi_pool` becomes null.
+        unsafe {
+            raw::bio_init(
+                bio,
+                device.as_raw(),
+                self.vectors.get().cast(),
+                Self::VECTORS as u16,
+                op.flags(),
+            );
+            (*bio).bi_iter.bi_sector = sector;
+            self.prefix.get().cast::<Prefix>().write(Prefix {
+                next: core::ptr::null_mut(),
+                bounces: false,
+            });
+        }
+        // INVARIANT: The bio is initialised.
+        self.taken.store(true, ordering::Relaxed);
+        // INVARIANT: The bio is new, holds no pages, and nobody else has it.
+        Some(Bio {
+            raw: NonNull::new(bio)?,
+            _state: PhantomData,
+        })
+    }
+
+    /// Gives up a bio, which frees the room that it is in or gives it back to its set. Context: any.
+    ///
+    /// # Safety
+    ///
+    /// `bio` is one of a [`BioSet`] or a [`BioRoom`], of which this is the only reference.
+    #[inline]
+    unsafe fn put(bio: NonNull<raw::bio>) {
+        let raw = bio.as_ptr();
+        // SAFETY: The caller promises that the bio is ours. One without a set is in a room, which lives at
+        // least as long as it is taken.
+        unsafe {
+            if !(*raw).bi_pool.is_null() {
+                raw::bio_put(raw);
+                return;
+            }
+            raw::bio_uninit(raw);
+            let room = kernel::container_of!(Opaque::cast_from(raw), Self, bio);
+            // INVARIANT: The bio is gone.
+            (*room).taken.store(false, ordering::Release);
+        }
+    }
+}
+
 /// `BIOSET_NEED_BVECS` of `include/linux/bio.h`, a member of an unnamed enum there.
 const BIOSET_NEED_BVECS: i32 = 1 << 0;
 
@@ -229,7 +343,7 @@ pub(crate) enum BuildError {
 ///
 /// # Invariants
 ///
-/// - `raw` is a bio of a [`BioSet`], of which this object has the only reference.
+/// - `raw` is a bio of a [`BioSet`] or a [`BioRoom`], of which this object has the only reference.
 /// - Its vectors are kernel pages allocated for it if its prefix says that it bounces, else pages
 ///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none.
 pub(crate) struct Bio<'a, State> {
@@ -502,7 +616,8 @@ impl Bio<'_, Finished> {
         if self.bounces() || (pinned && self.is_read() && !self.is_dirty()) {
             return Err(self);
         }
-        let raw = self.raw.as_ptr();
+        let bio = self.raw;
+        let raw = bio.as_ptr();
         let page = self.single_page().filter(|_| pinned);
         core::mem::forget(self);
         // SAFETY: By the type invariant, which was the object's, its pages are pinned if the flag says
@@ -513,7 +628,7 @@ impl Bio<'_, Finished> {
                 None if pinned => raw::__bio_release_pages(raw, false),
                 None => (),
             }
-            raw::bio_put(raw);
+            BioRoom::put(bio);
         }
         Ok(())
     }
@@ -540,7 +655,7 @@ impl<State> Drop for Bio<'_, State> {
             }
         }
         // SAFETY: By the type invariant this is the only reference.
-        unsafe { raw::bio_put(self.raw.as_ptr()) };
+        unsafe { BioRoom::put(self.raw) };
     }
 }
 

@@ -6,7 +6,17 @@ mod bio;
 mod device;
 mod plug;
 
-pub(crate) use bio::{Bio, BioSet, BuildError, Building, Finished, Op, PendingBios, MAX_BIO_PAGES};
+pub(crate) use bio::{
+    Bio,
+    BioRoom,
+    BioSet,
+    BuildError,
+    Building,
+    Finished,
+    Op,
+    PendingBios,
+    MAX_BIO_PAGES, //
+};
 pub(crate) use device::BlockDevice;
 pub(crate) use plug::{
     run_softirqs,

@@ -152,7 +152,7 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     /// The first bio of its request: see [`VirtqueueGuard::new_bio`].
     #[inline]
     pub(crate) fn new_bio(&self, op: Op, sector: u64, pages: usize) -> Option<Bio<'a, Building>> {
-        self.guard.new_bio(op, sector, pages, true)
+        self.guard.first_bio(self.head, op, sector, pages)
     }
 
     /// Gives the chain back to the ring: it is the next one to be fetched.

@@ -13,6 +13,7 @@ use super::{
 use crate::bindings::{
     block::{
         Bio,
+        BioRoom,
         Building,
         Finished,
         PendingBios, //
@@ -52,6 +53,8 @@ pub(super) struct SlotHead {
     /// First, so that its node leads to the slot.
     pub(super) bios: PendingBios,
     owner: Atomic<i32>,
+    /// For the request's first bio, if it is a small one.
+    room: BioRoom,
     /// The slot's owner's.
     direct: UnsafeCell<Option<Direct>>,
 }
@@ -65,6 +68,18 @@ impl SlotHead {
     #[inline]
     fn pass_to(&self, owner: Owner) {
         self.owner.store(owner as i32, ordering::Release);
+    }
+
+    /// Whether it has no owner, and no bio: it may be moved or freed.
+    #[inline]
+    pub(super) fn is_idle(&self) -> bool {
+        self.is(Owner::Nobody) && !self.room.is_taken()
+    }
+
+    /// Room for the first bio of the request that claims the slot.
+    #[inline]
+    pub(super) fn room(&self) -> &BioRoom {
+        &self.room
     }
 
     /// The head of the slot of a node that [`PendingBios`] handed over.
@@ -148,6 +163,7 @@ impl<R> Slot<R> {
             head: SlotHead {
                 bios,
                 owner: Atomic::new(Owner::Nobody as i32),
+                room: BioRoom::new(),
                 direct: UnsafeCell::new(None),
             },
             request: UnsafeCell::new(None),

@@ -45,6 +45,7 @@ use super::{
 use crate::bindings::{
     block::{
         Bio,
+        BioRoom,
         BioSet,
         BlockDevice,
         Building,
@@ -160,8 +161,8 @@ pub(super) struct Missed {
 ///
 /// - `raw` is part of a `struct vhost_dev` from that one's initialisation on.
 /// - `inner` is accessed with `raw.mutex` held, or exclusively.
-/// - All slots' requests belong to this virtqueue; while one is in flight neither `inner.slots` nor
-///   `inner.backend` changes.
+/// - All slots' requests belong to this virtqueue; while one is in flight, or a slot has a bio, neither
+///   `inner.slots` nor `inner.backend` changes.
 #[pin_data]
 #[repr(C)]
 pub(crate) struct Virtqueue<T: Operations> {
@@ -564,7 +565,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// Whether no slot has an owner.
     pub(crate) fn is_idle(&self) -> bool {
-        self.inner().slots.iter().all(|slot| slot.is(Owner::Nobody))
+        self.inner().slots.iter().all(|slot| slot.is_idle())
     }
 
     /// How many slots have an owner.
@@ -851,6 +852,28 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             }
             bios.alloc(backend, op, sector, pages, true)
         })
+    }
+
+    /// The first bio of the request of a head that was fetched: as [`VirtqueueGuard::new_bio`], and without an
+    /// allocation if it is a small one.
+    #[inline]
+    pub(super) fn first_bio(
+        &self,
+        head: u16,
+        op: Op,
+        sector: u64,
+        pages: usize,
+    ) -> Option<Bio<'a, Building>> {
+        if pages <= BioRoom::VECTORS {
+            let backend = self.backend()?;
+            let slot = self.inner().slots.get(usize::from(head))?;
+            // SAFETY: The mutex is held. Slots are not moved or freed while they have a bio.
+            let bio = unsafe { slot.room().fill(backend, op, sector) };
+            if bio.is_some() {
+                return bio;
+            }
+        }
+        self.new_bio(op, sector, pages, true)
     }
 
     /// Has the worker called when the next request is done. Returns whether there is one in flight.
