@@ -14,11 +14,6 @@
 MODULE_VERSION("0.1.0");
 #endif
 
-sector_t rust_helper_bdev_nr_sectors(struct block_device *bdev)
-{
-	return bdev_nr_sectors(bdev);
-}
-
 bool rust_helper_bdev_read_only(struct block_device *bdev)
 {
 	return bdev_read_only(bdev);
@@ -72,12 +67,14 @@ bool rust_helper_get_user_u16(u16 *to, const u16 __user *from)
 }
 
 /* A loop, since unsafe_get_user() is a macro. */
-bool rust_helper_get_user_words(u64 *to, const u64 __user *from, unsigned int count)
+bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs)
 {
-	if (!user_access_begin(from, count * sizeof(*from)))
+	if (!user_access_begin(from, 2 * pairs * sizeof(*from)))
 		return false;
-	while (count--)
-		unsafe_get_user(*to++, from++, fault);
+	for (; pairs; pairs--, to += 2, from += 2) {
+		unsafe_get_user(to[0], &from[0], fault);
+		unsafe_get_user(to[1], &from[1], fault);
+	}
 	user_access_end();
 	return true;
 fault:
@@ -86,6 +83,16 @@ fault:
 }
 
 bool rust_helper_put_user_u8(u8 value, u8 __user *to)
+{
+	return !put_user(value, to);
+}
+
+bool rust_helper_put_user_u16(u16 value, u16 __user *to)
+{
+	return !put_user(value, to);
+}
+
+bool rust_helper_put_user_u64(u64 value, u64 __user *to)
 {
 	return !put_user(value, to);
 }
@@ -133,13 +140,9 @@ bool rust_helper_llist_empty(struct llist_head *head)
 	return llist_empty(head);
 }
 
-void rust_helper_local_bh_disable(void)
+void rust_helper_local_bh_disable_enable(void)
 {
 	local_bh_disable();
-}
-
-void rust_helper_local_bh_enable(void)
-{
 	local_bh_enable();
 }
 

@@ -13,7 +13,6 @@
 
 struct vhost_virtqueue;
 
-sector_t rust_helper_bdev_nr_sectors(struct block_device *bdev);
 bool rust_helper_bdev_read_only(struct block_device *bdev);
 bool rust_helper_bdev_write_cache(struct block_device *bdev);
 int rust_helper_bdev_alignment_offset(struct block_device *bdev);
@@ -24,8 +23,10 @@ struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev);
 bool rust_helper_bio_dirty(struct bio *bio);
 bool rust_helper_page_dirty(struct page *page);
 bool rust_helper_get_user_u16(u16 *to, const u16 __user *from);
-bool rust_helper_get_user_words(u64 *to, const u64 __user *from, unsigned int count);
+bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs);
 bool rust_helper_put_user_u8(u8 value, u8 __user *to);
+bool rust_helper_put_user_u16(u16 value, u16 __user *to);
+bool rust_helper_put_user_u64(u64 value, u64 __user *to);
 
 void *rust_helper_vmap(struct page **pages, unsigned int count);
 void rust_helper_vunmap(void *base);
@@ -38,8 +39,7 @@ void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
 bool rust_helper_llist_empty(struct llist_head *head);
 
-void rust_helper_local_bh_disable(void);
-void rust_helper_local_bh_enable(void);
+void rust_helper_local_bh_disable_enable(void);
 
 u64 rust_helper_local_clock(void);
 bool rust_helper_need_resched(void);

@@ -217,14 +217,15 @@ pub(super) fn total(iovecs: &[IoVec]) -> usize {
     iovecs.iter().map(IoVec::len).sum()
 }
 
-/// Reads words of the owner's memory. `None` if they cannot all be read.
+/// Reads pairs of words of the owner's memory. `None` if they cannot all be read.
 ///
 /// Context: process context in the owner's address space; may sleep.
 #[inline]
-pub(super) fn read_words(address: usize, out: &mut [u64]) -> Option<()> {
+pub(super) fn read_pairs(address: usize, out: &mut [[u64; 2]]) -> Option<()> {
     let from = core::ptr::without_provenance(address);
-    // SAFETY: There is room for as many words. Any address may be given: what is not the owner's fails.
-    let read = unsafe { raw::rust_helper_get_user_words(out.as_mut_ptr(), from, out.len() as u32) };
+    let to = out.as_mut_ptr().cast();
+    // SAFETY: There is room for as many pairs. Any address may be given: what is not the owner's fails.
+    let read = unsafe { raw::rust_helper_get_user_pairs(to, from, out.len() as u32) };
     read.then_some(())
 }
 
@@ -237,11 +238,11 @@ pub(super) fn copy_start(iovecs: &[IoVec], out: &mut [u8; 16]) -> usize {
     match iovecs.first() {
         // All in one piece, as drivers do it: no need for a cursor.
         Some(first) if first.len() >= out.len() => {
-            let mut words = [0; 2];
-            if read_words(first.address(), &mut words).is_none() {
+            let mut words = [[0; 2]];
+            if read_pairs(first.address(), &mut words).is_none() {
                 return 0;
             }
-            let [low, high] = words.map(u64::to_ne_bytes);
+            let [low, high] = words[0].map(u64::to_ne_bytes);
             out[..8].copy_from_slice(&low);
             out[8..].copy_from_slice(&high);
             out.len()

@@ -120,15 +120,19 @@ impl BlockDevice {
     /// The disk's size now, in sectors.
     #[inline]
     pub(crate) fn capacity(&self) -> u64 {
-        // SAFETY: The reference to the file keeps the block device alive.
-        unsafe { raw::rust_helper_bdev_nr_sectors(self.as_raw()) }
+        // SAFETY: The reference to the file keeps the block device alive. The read is volatile since the disk
+        // may change.
+        unsafe { (&raw const (*self.as_raw()).bd_nr_sectors).read_volatile() }
     }
 
     /// Bytes of the smallest unit that the disk reads and writes.
     #[inline]
     pub(crate) fn logical_block_size(&self) -> u32 {
-        // SAFETY: The reference to the file keeps the block device and its queue alive.
-        unsafe { (*raw::rust_helper_bdev_limits(self.as_raw())).logical_block_size }
+        // SAFETY: The reference to the file keeps the block device and its queue alive. The read is volatile
+        // since the limits may change.
+        unsafe {
+            (&raw const (*(*self.as_raw()).bd_queue).limits.logical_block_size).read_volatile()
+        }
     }
 
     /// Mask of the address and length bits that must be 0 in a segment that the disk reads or
@@ -136,7 +140,7 @@ impl BlockDevice {
     #[inline]
     pub(crate) fn dma_alignment(&self) -> u32 {
         // SAFETY: As in `logical_block_size()`.
-        unsafe { (*raw::rust_helper_bdev_limits(self.as_raw())).dma_alignment }
+        unsafe { (&raw const (*(*self.as_raw()).bd_queue).limits.dma_alignment).read_volatile() }
     }
 
     /// Writes back what the host's page cache holds of the disk, and drops it.

@@ -32,8 +32,5 @@ pub(crate) fn with_plug<R>(submit: impl FnOnce() -> R) -> R {
 #[inline]
 pub(crate) fn run_softirqs() {
     // SAFETY: To have them off for a moment is legal here: they run when they are switched on again.
-    unsafe {
-        raw::rust_helper_local_bh_disable();
-        raw::rust_helper_local_bh_enable();
-    }
+    unsafe { raw::rust_helper_local_bh_disable_enable() };
 }

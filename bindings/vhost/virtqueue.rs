@@ -52,6 +52,7 @@ use crate::bindings::{
         Op,
         PendingBios, //
     },
+    compat::smp_wmb,
     iov::{
         self,
         IoVec, //
@@ -333,6 +334,10 @@ enum Usual {
 /// Where the entries of an available ring begin, in units of 16 bits: behind `flags` and `idx`.
 const AVAIL_RING: usize = 2;
 
+/// Where the index and the entries of a used ring are, in bytes.
+const USED_IDX: usize = 2;
+const USED_RING: usize = 4;
+
 /// The guest's memory, as a virtqueue sees it, and the array for a chain's.
 ///
 /// # Invariants
@@ -372,7 +377,7 @@ impl Memory for UserMemory<'_> {
 
     #[inline]
     fn read(&mut self, address: u64, out: &mut [Words]) -> Option<()> {
-        iov::read_words(address as usize, out.as_flattened_mut())
+        iov::read_pairs(address as usize, out)
     }
 
     #[inline]
@@ -443,8 +448,11 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Whether the guest's structures are little-endian.
     #[inline]
     pub(crate) fn is_little_endian(&self) -> bool {
-        // SAFETY: The virtqueue is initialised.
-        unsafe { raw::rust_helper_vhost_is_little_endian(self.vq.as_raw()) }
+        // SAFETY: The virtqueue is initialised, and the mutex is held. The field says only that they are.
+        unsafe {
+            let raw = self.vq.as_raw();
+            (*raw).is_le || raw::rust_helper_vhost_is_little_endian(raw)
+        }
     }
 
     /// Whether a backend runs.
@@ -984,15 +992,74 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         if mapped.is_some() {
             return;
         }
-        // SAFETY: As above.
-        let result =
-            unsafe { raw::vhost_add_used_n(raw, (*raw).heads, core::ptr::null_mut(), used as u32) };
-        // SAFETY: As above.
-        if result < 0 || unsafe { log::check_used(raw) }.is_err() {
+        let result = match (elements, self.leaves_to_core()) {
+            ([element], false) => self.add_used_one(element),
+            // SAFETY: As above.
+            _ => to_result(unsafe {
+                raw::vhost_add_used_n(raw, (*raw).heads, core::ptr::null_mut(), used as u32)
+            })
+            // SAFETY: As above.
+            .and_then(|()| unsafe { log::check_used(raw) }),
+        };
+        if result.is_err() {
             self.set_broken();
         }
         // SAFETY: The mutex is held, under which the core changes the call context.
         unsafe { raw::vhost_signal((*raw).dev, raw) };
+    }
+
+    /// Whether the core is needed for the rings: it translates their addresses, or says what is to be logged.
+    #[inline]
+    fn leaves_to_core(&self) -> bool {
+        const LOG_ALL: u64 = 1 << uapi::feature::LOG_ALL;
+        // SAFETY: The mutex is held, under which the core changes both.
+        let (iotlb, log_used) = unsafe {
+            let raw = self.vq.as_raw();
+            ((*raw).iotlb, (*raw).log_used)
+        };
+        !iotlb.is_null() || log_used || self.is_logging() || self.features() & LOG_ALL != 0
+    }
+
+    /// Writes one used entry and the index, as the core does with many: that copies from the heap, for which
+    /// a hardened kernel checks more than there is to copy.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT`.
+    fn add_used_one(&mut self, element: &raw::vring_used_elem) -> Result {
+        let little_endian = self.is_little_endian();
+        // The order of its fields in memory.
+        let entry = u64::from(element.id.to_le()) | u64::from(element.len.to_le()) << 32;
+        let raw = self.vq.as_raw();
+
+        // SAFETY: The mutex is held, under which the core uses the virtqueue's fields. A chain was fetched,
+        // so there is a ring, whose addresses are the owner's; what is not fails.
+        unsafe {
+            let old = (*raw).last_used_idx;
+            let slot = u32::from(old) & (*raw).num.wrapping_sub(1);
+            let used = (*raw).used.cast::<u8>();
+            let at = USED_RING + slot as usize * size_of::<raw::vring_used_elem>();
+            if !raw::rust_helper_put_user_u64(entry.to_le(), used.wrapping_add(at).cast()) {
+                return Err(EFAULT);
+            }
+            let new = old.wrapping_add(1);
+            (*raw).last_used_idx = new;
+            if (*raw).signalled_used == new {
+                // Once around, without a word to the guest: what it was told last says nothing any more.
+                (*raw).signalled_used_valid = false;
+            }
+            // The guest reads the index first.
+            smp_wmb();
+            let index = if little_endian {
+                new.to_le()
+            } else {
+                new.to_be()
+            };
+            if !raw::rust_helper_put_user_u16(index, used.wrapping_add(USED_IDX).cast()) {
+                return Err(EFAULT);
+            }
+        }
+        Ok(())
     }
 
     /// Drops all completed and deferred requests without telling the guest, for when nobody is left
@@ -1187,12 +1254,9 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// hundred. If it is not, nothing has changed, and the core fetches it, or says what is wrong with it.
     #[inline]
     fn fetch_usual(&mut self) -> Usual {
-        // With it the core also says what is to be logged.
-        const LOG_ALL: u64 = 1 << raw::VHOST_F_LOG_ALL;
-
         let raw = self.vq.as_raw();
         let little_endian = self.is_little_endian();
-        let logs = self.is_logging() || self.features() & LOG_ALL != 0;
+        let leave = self.leaves_to_core();
         let mut region = self.region;
         let inner = self.inner_mut();
 
@@ -1200,8 +1264,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // the rings are set up, at addresses that are the owner's unless there is a device IOTLB.
         unsafe {
             if !little_endian
-                || logs
-                || !(*raw).iotlb.is_null()
+                || leave
                 || u32::from((*raw).used_flags) & raw::VRING_USED_F_NO_NOTIFY == 0
             {
                 return Usual::No;
