@@ -135,11 +135,6 @@ struct llist_node *rust_helper_llist_del_all(struct llist_head *head)
 	return llist_del_all(head);
 }
 
-bool rust_helper_llist_empty(struct llist_head *head)
-{
-	return llist_empty(head);
-}
-
 void rust_helper_local_bh_disable_enable(void)
 {
 	local_bh_disable();

@@ -37,7 +37,6 @@ void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 
 void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
-bool rust_helper_llist_empty(struct llist_head *head);
 
 void rust_helper_local_bh_disable_enable(void);
 

@@ -197,7 +197,9 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
         request: impl FnOnce(Completion) -> T::Request,
     ) -> Option<(&'n mut VirtqueueGuard<'a, T>, Request<'a, T>)> {
         let completion = self.completion()?;
-        let direct = outcomes.and_then(|outcomes| self.direct(&completion, &outcomes));
+        let direct = outcomes
+            .filter(|_| self.guard.completes_directly())
+            .and_then(|outcomes| self.direct(&completion, &outcomes));
         let request = self
             .guard
             .claim(self.head, request(completion), direct)
@@ -208,13 +210,8 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
         Some((guard, request))
     }
 
-    /// How to complete the request without the worker; `None` if the worker has to, or will be at
-    /// work when the disk is done.
-    #[inline]
+    /// How to complete the request without the worker; `None` if the worker has to.
     fn direct(&self, completion: &Completion, outcomes: &Outcomes) -> Option<Direct> {
-        if !self.guard.completes_directly() {
-            return None;
-        }
         let entry = |written| {
             let len = completion.used_len(written);
             self.guard.used_element(completion.head, len)

@@ -212,8 +212,8 @@ impl CompletionList {
     /// Whether there is nothing to take now.
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
-        // SAFETY: The list is initialised.
-        unsafe { raw::rust_helper_llist_empty(self.list.get()) }
+        // SAFETY: The list is initialised. The read is volatile since producers may write.
+        unsafe { (&raw const (*self.list.get()).first).read_volatile() }.is_null()
     }
 
     /// Takes all nodes, oldest first; null if there are none.
