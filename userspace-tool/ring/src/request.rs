@@ -469,6 +469,17 @@ pub struct Completion {
     pub stray_write: Option<usize>,
 }
 
+impl Completion {
+    /// How many of the bytes that [`used_len`](Self::used_len) covers are as they were before: none,
+    /// if what the device wrote looks different, as zeroes and letters do.
+    pub fn claimed_unwritten(&self) -> usize {
+        let claimed = self.used_len as usize;
+        let data = self.data.iter().take(claimed);
+        let status = claimed > self.data.len() && self.status == Status::Unwritten;
+        data.filter(|&&byte| byte == FILL).count() + usize::from(status)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -172,6 +172,16 @@ pub mod feature {
     pub const CONFIG_WCE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
     /// `VIRTIO_BLK_F_MQ`
     pub const MQ: u64 = 1 << virtio_blk::VIRTIO_BLK_F_MQ;
+    /// `VIRTIO_BLK_F_DISCARD`
+    pub const DISCARD: u64 = 1 << virtio_blk::VIRTIO_BLK_F_DISCARD;
+    /// `VIRTIO_BLK_F_WRITE_ZEROES`
+    pub const WRITE_ZEROES: u64 = 1 << virtio_blk::VIRTIO_BLK_F_WRITE_ZEROES;
+    /// `VIRTIO_BLK_F_LIFETIME`
+    pub const LIFETIME: u64 = 1 << 15;
+    /// `VIRTIO_BLK_F_SECURE_ERASE`
+    pub const SECURE_ERASE: u64 = 1 << virtio_blk::VIRTIO_BLK_F_SECURE_ERASE;
+    /// `VIRTIO_BLK_F_ZONED`
+    pub const ZONED: u64 = 1 << virtio_blk::VIRTIO_BLK_F_ZONED;
     /// `VIRTIO_F_NOTIFY_ON_EMPTY`
     pub const NOTIFY_ON_EMPTY: u64 = 1 << virtio_config::VIRTIO_F_NOTIFY_ON_EMPTY;
     /// `VHOST_F_LOG_ALL`
@@ -184,6 +194,14 @@ pub mod feature {
     pub const VERSION_1: u64 = 1 << virtio_config::VIRTIO_F_VERSION_1;
     /// `VIRTIO_F_ACCESS_PLATFORM`
     pub const ACCESS_PLATFORM: u64 = 1 << virtio_config::VIRTIO_F_ACCESS_PLATFORM;
+    /// `VIRTIO_F_RING_PACKED`
+    pub const RING_PACKED: u64 = 1 << virtio_config::VIRTIO_F_RING_PACKED;
+    /// `VIRTIO_F_IN_ORDER`
+    pub const IN_ORDER: u64 = 1 << virtio_config::VIRTIO_F_IN_ORDER;
+    /// `VIRTIO_F_SR_IOV`
+    pub const SR_IOV: u64 = 1 << virtio_config::VIRTIO_F_SR_IOV;
+    /// `VIRTIO_F_RING_RESET`
+    pub const RING_RESET: u64 = 1 << virtio_config::VIRTIO_F_RING_RESET;
 
     /// Each feature bit of a virtio block device and its name, in order.
     pub const NAMES: &[(u32, &str)] = &[

@@ -6,6 +6,7 @@
 //! instance. It is spoken to through a socket, with messages instead of ioctls.
 
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
@@ -20,15 +21,23 @@ use crate::ring::Ring;
 use crate::sys;
 use crate::uapi::feature;
 
-/// How much of the disk's configuration is asked for, bytes: up to the number of
-/// queues.
-const CONFIG_LEN: u32 = 36;
+/// How much of the disk's configuration is asked for, bytes: up to the limits of
+/// write zeroes, with their padding.
+const CONFIG_LEN: u32 = 60;
+
+/// Offset of the cache mode in a `struct virtio_blk_config`.
+pub const CONFIG_WRITEBACK: u32 = 32;
+
+/// How long a server may take to answer a message.
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// A vhost-user-blk server, with the guest's memory and all its rings.
 pub struct VhostUserGuest {
     // The server goes first, as a device does.
     server: Frontend,
     rings: Vec<Ring>,
+    queues: usize,
+    offered: u64,
     features: u64,
     capacity: u64,
 }
@@ -52,6 +61,9 @@ impl VhostUserGuest {
             path: options.path.clone(),
             source,
         })?;
+        socket
+            .set_read_timeout(Some(ANSWER))
+            .map_err(Error::system("socket of the server"))?;
         let mut server = Frontend::from_stream(socket, u64::from(options.queues));
         let offered = said("GET_FEATURES", server.get_features())?;
         let messages = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -85,17 +97,8 @@ impl VhostUserGuest {
             }
         }
         said("SET_OWNER", server.set_owner())?;
+        let (capacity, queues) = parse(&get_config(&mut server)?)?;
         said("SET_FEATURES", server.set_features(features))?;
-        let (_, config) = said(
-            "GET_CONFIG",
-            server.get_config(
-                0,
-                CONFIG_LEN,
-                VhostUserConfigFlags::empty(),
-                &[0; CONFIG_LEN as usize],
-            ),
-        )?;
-        let (capacity, queues) = parse(&config)?;
         if options.queues > 1 && options.queues > u32::from(queues) {
             return Err(Error::Invalid(format!(
                 "the server's disk has {queues} queues, and not {}",
@@ -124,8 +127,10 @@ impl VhostUserGuest {
         }
         Ok(VhostUserGuest {
             server,
+            queues: rings.len(),
             rings,
-            features,
+            offered: offered & !messages,
+            features: features & !messages,
             capacity,
         })
     }
@@ -136,7 +141,7 @@ impl VhostUserGuest {
     ///
     /// [`Error::VhostUser`]
     pub fn start(&mut self) -> Result<()> {
-        for index in 0..self.rings.len() {
+        for index in 0..self.queues {
             said(
                 "SET_VRING_ENABLE",
                 self.server.set_vring_enable(index, true),
@@ -151,7 +156,7 @@ impl VhostUserGuest {
     ///
     /// [`Error::VhostUser`]
     pub fn stop(&self) -> Result<()> {
-        for index in 0..self.rings.len() {
+        for index in 0..self.queues {
             said("GET_VRING_BASE", self.server.get_vring_base(index))?;
         }
         Ok(())
@@ -162,7 +167,36 @@ impl VhostUserGuest {
         &mut self.rings
     }
 
-    /// The features that were taken.
+    /// Takes the rings of all queues out: they have to live as long as this.
+    pub fn take_rings(&mut self) -> Vec<Ring> {
+        std::mem::take(&mut self.rings)
+    }
+
+    /// The disk's `struct virtio_blk_config`, up to the limits of write zeroes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VhostUser`]; [`Error::Invalid`], if it is shorter.
+    pub fn config(&mut self) -> Result<Vec<u8>> {
+        get_config(&mut self.server)
+    }
+
+    /// Writes `bytes` at `offset` of the disk's `struct virtio_blk_config`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::VhostUser`]
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> Result<()> {
+        let flags = VhostUserConfigFlags::empty();
+        said("SET_CONFIG", self.server.set_config(offset, flags, bytes))
+    }
+
+    /// The features that the server offers, without those of the protocol.
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// The features that were taken, without those of the protocol.
     pub fn features(&self) -> u64 {
         self.features
     }
@@ -171,6 +205,25 @@ impl VhostUserGuest {
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
+}
+
+fn get_config(server: &mut Frontend) -> Result<Vec<u8>> {
+    let (_, config) = said(
+        "GET_CONFIG",
+        server.get_config(
+            0,
+            CONFIG_LEN,
+            VhostUserConfigFlags::empty(),
+            &[0; CONFIG_LEN as usize],
+        ),
+    )?;
+    if config.len() != CONFIG_LEN as usize {
+        return Err(Error::Invalid(format!(
+            "the server's configuration of {} bytes",
+            config.len()
+        )));
+    }
+    Ok(config)
 }
 
 /// The capacity and the number of queues in a `struct virtio_blk_config`.
