@@ -32,6 +32,11 @@ pub(crate) enum Command {
     /// Nothing is written to the disk unless --write is given. The exit status is 0 if every check
     /// passed or was skipped, and 1 otherwise.
     Exercise(ExerciseArgs),
+    /// Test the module, or a vhost-user-blk server, against the virtio specification
+    ///
+    /// Nothing is written to the disk unless --write is given. The exit status is 0 if no test
+    /// failed, and 1 otherwise.
+    Conformance(ConformanceArgs),
     /// Play the guest on a disk, and measure how fast that is and what it costs
     ///
     /// Nothing is written to the disk unless --write is given. The exit status is 0 if every
@@ -155,6 +160,56 @@ fn check_workers(workers: WorkersArg, mode: Option<WorkerModeArg>) -> anyhow::Re
         anyhow::bail!("a device has only one worker that is a kernel thread");
     }
     Ok(())
+}
+
+/// What is tested against the specification.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SubjectArg {
+    /// The module, by its device node
+    VhostBlk,
+    /// A vhost-user-blk server, at --socket
+    VhostUserBlk,
+}
+
+#[derive(Debug, Group)]
+pub(crate) struct ConformanceArgs {
+    /// What to test
+    #[arg(long, value_enum, default_value = "vhost-blk")]
+    pub(crate) path: SubjectArg,
+    /// The socket of the vhost-user-blk server
+    #[arg(long, required_if_eq("path", "vhost-user-blk"))]
+    pub(crate) socket: Option<PathBuf>,
+    /// The block device, that of the server too; nobody else may use it
+    #[arg(long, value_name = "DISK", required_unless_present_any = ["list", "markdown"])]
+    pub(crate) disk: Option<PathBuf>,
+    /// Write too: overwrites the first MiB, and puts it back at the end
+    #[arg(long, requires = "yes_destroy_data")]
+    pub(crate) write: bool,
+    /// Confirm that what --write overwrites may be lost, if this program is killed for instance
+    #[arg(long)]
+    pub(crate) yes_destroy_data: bool,
+    /// How long a request may take, seconds
+    #[arg(long, default_value_t = 30, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) timeout: u64,
+    /// Run only tests whose id begins with this; may be given more than once
+    #[arg(long, value_name = "ID")]
+    pub(crate) only: Vec<String>,
+    /// List the statements, and where each is tested, and end
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Print KTAP
+    #[arg(long)]
+    pub(crate) ktap: bool,
+    /// What the table calls what is tested [default: the value of --path]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Keep the results in a file, for --markdown
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
+    /// Test nothing, and print the table of what --save kept
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub(crate) markdown: Vec<PathBuf>,
 }
 
 /// What serves the requests of a benchmark.

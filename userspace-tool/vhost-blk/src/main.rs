@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod conformance;
 mod exercise;
 mod probe;
 
@@ -18,6 +19,7 @@ fn main() -> ExitCode {
     let result = match &args.command {
         Command::Probe(probe) => probe::run(&args.device, probe),
         Command::Exercise(exercise) => exercise::run(&args.device, exercise),
+        Command::Conformance(conformance) => conformance::run(&args.device, conformance),
         Command::Bench(bench) => bench::run(&args.device, bench),
     };
     match result {

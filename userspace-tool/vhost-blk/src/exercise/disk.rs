@@ -24,6 +24,7 @@ pub(crate) struct Disk {
     capacity: u64,
     block: usize,
     read_only: bool,
+    sysfs: Sysfs,
 }
 
 /// A copy of a piece of the disk.
@@ -59,6 +60,7 @@ impl Disk {
             capacity: sysfs.number("size")?,
             block: usize::try_from(sysfs.queue_number("logical_block_size")?)?,
             read_only: sysfs.number("ro")? != 0,
+            sysfs,
         };
         if disk.capacity == 0 {
             bail!("{shown} has no medium");
@@ -108,6 +110,26 @@ impl Disk {
     /// Whether the disk itself takes no writes.
     pub(crate) fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether it has zones.
+    pub(crate) fn is_zoned(&self) -> bool {
+        let model = self.sysfs.queue_text("zoned");
+        model.is_ok_and(|model| model != "none")
+    }
+
+    /// How often it was flushed. None if it has no volatile cache, or if writes may pass through
+    /// that without a flush of their own (FUA).
+    pub(crate) fn flushes(&self) -> Result<Option<u64>> {
+        let cached = self.sysfs.queue_text("write_cache")? == "write back";
+        if !cached || self.sysfs.queue_number("fua")? != 0 {
+            return Ok(None);
+        }
+        // Documentation/block/stat.rst: the field before the last.
+        let stat = self.sysfs.text("stat")?;
+        let count = stat.split_whitespace().nth(15);
+        let count = count.and_then(|count| count.parse().ok());
+        Ok(Some(count.context("the kernel does not count flushes")?))
     }
 
     /// What is on the disk, `len` bytes from `sector` on: whole blocks.
@@ -180,6 +202,7 @@ fn open(path: &Path, write: bool, flags: i32) -> io::Result<File> {
 }
 
 /// A block device in sysfs.
+#[derive(Debug)]
 struct Sysfs(PathBuf);
 
 impl Sysfs {
@@ -188,28 +211,44 @@ impl Sysfs {
         Sysfs(format!("/sys/dev/block/{major}:{minor}").into())
     }
 
+    fn text(&self, name: &str) -> Result<String> {
+        text(&self.0.join(name))
+    }
+
     fn number(&self, name: &str) -> Result<u64> {
         number(&self.0.join(name))
     }
 
     /// A partition has its limits in the folder of its disk.
-    fn queue_number(&self, name: &str) -> Result<u64> {
+    fn queue(&self, name: &str) -> PathBuf {
         let own = self.0.join("queue");
         let folder = if own.is_dir() {
             own
         } else {
             self.0.join("../queue")
         };
-        number(&folder.join(name))
+        folder.join(name)
+    }
+
+    fn queue_text(&self, name: &str) -> Result<String> {
+        text(&self.queue(name))
+    }
+
+    fn queue_number(&self, name: &str) -> Result<u64> {
+        number(&self.queue(name))
     }
 }
 
+fn text(path: &Path) -> Result<String> {
+    fs::read_to_string(path)
+        .map(|text| text.trim().to_owned())
+        .with_context(|| format!("cannot read {}", path.display()))
+}
+
 fn number(path: &Path) -> Result<u64> {
-    let text =
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{}: '{}'", path.display(), text.trim()))
+    let text = text(path)?;
+    text.parse()
+        .with_context(|| format!("{}: '{text}'", path.display()))
 }
 
 #[cfg(test)]

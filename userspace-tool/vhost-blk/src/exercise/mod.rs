@@ -4,7 +4,7 @@
 //! against what is on the disk.
 
 mod broken;
-mod check;
+pub(crate) mod check;
 pub(crate) mod disk;
 mod id;
 mod layout;
@@ -14,7 +14,7 @@ mod notify;
 mod parallel;
 mod reading;
 mod report;
-mod shapes;
+pub(crate) mod shapes;
 mod stopping;
 mod writing;
 
