@@ -5,12 +5,12 @@ tool are told."""
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tests/host"))
 # pylint: disable=wrong-import-position
+from daemon import StorageDaemon
 from disks import Disk, Loop, NullBlk, settle, sh, write
 from cells import NULL_BLK
 
@@ -100,42 +100,17 @@ def make_disk(name):
     return disk
 
 
-class Server:
+class Server(StorageDaemon):
     """qemu-storage-daemon with a disk, for vhost-user-blk."""
 
     # The adaptive polling of QEMU's iothreads.
     POLLING = {"vhost-user-blk": "", "vhost-user-blk/nopoll": ",poll-max-ns=0"}
 
     def __init__(self, path, disk, work, queues, program="qemu-storage-daemon"):
-        self.socket = f"{work}/{path.replace('/', '-')}-{os.path.basename(disk)}.sock"
-        if os.path.exists(self.socket):
-            os.unlink(self.socket)
         # Several of them, and other paths, have the disk open: no locks.
-        self.command = [
-            program, "--object", f"iothread,id=thread{self.POLLING[path]}",
-            "--blockdev", f"driver=host_device,node-name=disk,filename={disk},cache.direct=on,"
-                          "aio=io_uring,locking=off",
-            "--export", "type=vhost-user-blk,id=export,node-name=disk,iothread=thread,writable=on,"
-                        f"num-queues={queues},addr.type=unix,addr.path={self.socket}"]
-        with open(f"{self.socket}.log", "wb") as log:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log,
-                                            stderr=log)
-        deadline = time.monotonic() + 60
-        while not os.path.exists(self.socket):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.close()
-                with open(f"{self.socket}.log", encoding="utf-8", errors="replace") as log:
-                    raise RuntimeError(f"qemu-storage-daemon does not start: {log.read()}")
-            time.sleep(0.1)
-
-    def close(self):
-        """End it."""
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(20)
+        super().__init__(f"{work}/{path.replace('/', '-')}-{os.path.basename(disk)}.sock", disk,
+                         iothread=self.POLLING[path], blockdev=",locking=off",
+                         export=f",writable=on,num-queues={queues}", program=program)
 
 
 class ScsiTarget:

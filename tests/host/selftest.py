@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import conformance
 import ktap
 from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
 from ktap import Log, Test, say
@@ -151,6 +152,12 @@ def exercise(make, *arguments, parameters=()):
     return run
 
 
+def specification():
+    """The statements of the virtio specification, here and in qemu-storage-daemon"""
+    load()
+    conformance.test(OPTIONS.tool)
+
+
 DIRECT = ("direct_completion=1",)
 # The longest there is; what an emulated host's worker waits for often takes longer.
 POLL = "--poll-us=1000"
@@ -245,6 +252,7 @@ TESTS = [
     Test("the ioctl interface, and known defects of an earlier driver", selftest),
     Test("rings and eventfds moved, on a disk that completes later",
          placement("rings_moved_under_load", "late_call")),
+    specification,
     Test("exercise: null_blk irqmode=0", exercise(NullBlk, *TASK)),
     Test("exercise: null_blk irqmode=1, completed in a softirq, kthread workers",
          exercise(lambda: NullBlk(irqmode=1, queues=1), *KTHREAD)),
