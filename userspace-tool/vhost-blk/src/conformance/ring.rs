@@ -241,13 +241,15 @@ pub(super) fn any_layout(subject: &Subject<'_>) -> Result<Outcome> {
     let indirect = session.features() & feature::INDIRECT_DESC != 0;
     for request in requests {
         for shape in shapes::all(&request, QUEUE_SIZE) {
-            // Chains that end in an indirect table have a statement of their own.
+            // Chains that end in an indirect table have a statement of their own, and whether a
+            // descriptor may be empty is not said.
             let table = match shape.table {
                 Table::Direct => true,
                 Table::Indirect => indirect,
                 Table::After(_) => false,
             };
-            if !table {
+            let (readable, writable) = shape.cut.lengths(&request);
+            if !table || readable.iter().chain(&writable).any(|&len| len == 0) {
                 continue;
             }
             let done = subject.run(&mut session, request.clone(), &shape)?;
