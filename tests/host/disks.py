@@ -58,7 +58,8 @@ class NullBlk(Disk):
 
     size: MiB. irqmode: 0 completes within submit_bio, 1 in a softirq, 2 from
     a timer after `nsec` nanoseconds. memory_backed=0: it keeps nothing, which
-    takes no time either. queues: with more than one, those for polling
+    takes no time either. cache: MiB of volatile write cache; the disk has no
+    FUA then, so that the kernel flushes after each write with it. queues: with more than one, those for polling
     included, a processor completes what it has submitted itself without a
     softirq even with irqmode=1; with one there is none for polling.
     """
@@ -66,7 +67,7 @@ class NullBlk(Disk):
     count = 0
 
     def __init__(self, size=64, block_size=512, irqmode=0, nsec=10000, memory_backed=1,
-                 queues=2):
+                 queues=2, cache=0):
         if not os.path.isdir("/sys/kernel/config/nullb"):
             sh("modprobe", "null_blk", "nr_devices=0")
             if not os.path.ismount("/sys/kernel/config"):
@@ -82,6 +83,9 @@ class NullBlk(Disk):
         write(f"{self.folder}/completion_nsec", nsec)
         write(f"{self.folder}/memory_backed", memory_backed)
         write(f"{self.folder}/submit_queues", queues)
+        if cache:
+            write(f"{self.folder}/cache_size", cache)
+            write(f"{self.folder}/fua", 0)
         if queues == 1:
             write(f"{self.folder}/poll_queues", 0)
         write(f"{self.folder}/power", 1)
@@ -126,6 +130,131 @@ class Loop(Disk):
     def close(self):
         sh("losetup", "--detach", self.path)
         os.unlink(self.file)
+
+
+class Partition(Disk):
+    """A partition in the middle of another disk, which it closes at its end."""
+
+    START = 2056
+
+    def __init__(self, lower):
+        self.lower = lower
+        self.kind = f"partition of {lower.kind}"
+        sectors = int(sh("blockdev", "--getsz", lower.path)) - 2 * self.START
+        sh("sh", "-c", f"echo start={self.START},size={sectors} | sfdisk --quiet {lower.path}")
+        self.path = f"{lower.path}p1"
+        self.wait()
+
+    def close(self):
+        self.lower.close()
+
+
+class Raid1(Disk):
+    """An md array of two disks, which it closes at its end; one at a time."""
+
+    def __init__(self, *lower):
+        self.lower = lower
+        self.kind = f"md raid1 on {lower[0].kind}"
+        sh("modprobe", "raid1")
+        write("/sys/module/md_mod/parameters/new_array", "md_vhostblk")
+        self.folder = "/sys/block/md_vhostblk/md"
+        kilobytes = min(int(sh("blockdev", "--getsz", disk.path)) for disk in lower) // 2
+        for name, value in (("metadata_version", "none"), ("level", "raid1"),
+                            ("raid_disks", len(lower)), ("component_size", kilobytes)):
+            write(f"{self.folder}/{name}", value)
+        for number, disk in enumerate(lower):
+            name = os.path.basename(disk.path)
+            with open(f"/sys/block/{name}/dev", encoding="ascii") as file:
+                write(f"{self.folder}/new_dev", file.read().strip())
+            write(f"{self.folder}/dev-{name}/slot", number)
+        # All of it is the same on both: zeroes.
+        write(f"{self.folder}/resync_start", "none")
+        write(f"{self.folder}/array_state", "active")
+        self.path = "/dev/md_vhostblk"
+        self.wait()
+
+    def close(self):
+        settle()
+        write(f"{self.folder}/array_state", "clear")
+        for disk in self.lower:
+            disk.close()
+
+
+class Nbd(Disk):
+    """A network block device of `size` MiB that qemu-nbd serves; one at a time."""
+
+    def __init__(self, size=64):
+        self.file = f"/dev/shm/nbd-{os.getpid()}"
+        with open(self.file, "wb") as file:
+            file.truncate(size << 20)
+        sh("modprobe", "nbd", "nbds_max=1")
+        self.path = "/dev/nbd0"
+        self.kind = "nbd"
+        # It stays where it is, and would keep our pipes open.
+        sh("sh", "-c", f"qemu-nbd --fork --format=raw --connect={self.path} {self.file} "
+           ">/run/qemu-nbd.log 2>&1 || { cat /run/qemu-nbd.log; exit 1; }")
+        self.wait()
+
+    def close(self):
+        settle()
+        sh("qemu-nbd", "--disconnect", self.path)
+        settle()
+        sh("rmmod", "nbd")
+        os.unlink(self.file)
+
+
+class Nvme(Disk):
+    """An NVMe disk whose target is this host, too, over TCP or nvme-loop.
+
+    Its target has another disk, which it closes at its end.
+    """
+
+    CONFIG = "/sys/kernel/config/nvmet"
+    PORTS = {"tcp": {"trtype": "tcp", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": "4420"},
+             "loop": {"trtype": "loop"}}
+
+    def __init__(self, lower, transport="tcp"):
+        self.lower = lower
+        self.kind = f"NVMe over {transport} on {lower.kind}"
+        sh("modprobe", f"nvmet-{transport}" if transport == "tcp" else "nvme-loop")
+        sh("modprobe", f"nvme-{transport}")
+        sh("ip", "link", "set", "lo", "up")
+        self.name = f"nqn.2026-11.test:{transport}-{time.monotonic_ns()}"
+        self.subsystem = f"{self.CONFIG}/subsystems/{self.name}"
+        self.port = f"{self.CONFIG}/ports/1"
+        os.mkdir(self.subsystem)
+        write(f"{self.subsystem}/attr_allow_any_host", 1)
+        os.mkdir(f"{self.subsystem}/namespaces/1")
+        write(f"{self.subsystem}/namespaces/1/device_path", lower.path)
+        write(f"{self.subsystem}/namespaces/1/enable", 1)
+        os.mkdir(self.port)
+        port = self.PORTS[transport]
+        for key, value in port.items():
+            write(f"{self.port}/addr_{key}", value)
+        os.symlink(self.subsystem, f"{self.port}/subsystems/{self.name}")
+        options = [f"transport={transport}", f"nqn={self.name}"]
+        options += [f"{key}={port[key]}" for key in ("traddr", "trsvcid") if key in port]
+        #: Shell commands that connect it, and print its path then, and that take it away.
+        self.connect = (
+            f"echo '{','.join(options)}' >/dev/nvme-fabrics && i=0 && "
+            f"until n=$(grep -slx '{self.name}' /sys/block/nvme[0-9]n1/device/subsysnqn); do "
+            "i=$((i + 1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done; "
+            "udevadm settle; echo /dev/$(echo $n | cut -d/ -f4)")
+        self.disconnect = (f"for n in $(grep -lx '{self.name}' /sys/class/nvme/nvme*/subsysnqn); "
+                           "do echo 1 >${n%/*}/delete_controller; done")
+        self.path = sh("sh", "-c", self.connect).strip()
+        self.wait()
+
+    def close(self):
+        settle()
+        sh("sh", "-c", self.disconnect)
+        os.unlink(f"{self.port}/subsystems/{self.name}")
+        os.rmdir(self.port)
+        write(f"{self.subsystem}/namespaces/1/enable", 0)
+        os.rmdir(f"{self.subsystem}/namespaces/1")
+        os.rmdir(self.subsystem)
+        settle()
+        self.lower.close()
 
 
 class ScsiDebug(Disk):
@@ -188,6 +317,38 @@ class Mapped(Disk):
         settle()
         sh("dmsetup", "remove", self.name)
         self.lower.close()
+
+
+class Linear(Mapped):
+    """A dm-linear device, as LVM makes them, with its two halves exchanged."""
+
+    def __init__(self, lower):
+        super().__init__("linear", lower, lambda path, sectors:
+                         f"0 {sectors // 2} linear {path} {sectors - sectors // 2}\n"
+                         f"{sectors // 2} {sectors - sectors // 2} linear {path} 0")
+
+
+class Crypt(Mapped):
+    """A dm-crypt device."""
+
+    def __init__(self, lower):
+        super().__init__("crypt", lower, lambda path, sectors:
+                         f"0 {sectors} crypt aes-xts-plain64 {'5a' * 31}{'a5' * 33} 0 {path} 0")
+
+
+class Thin(Mapped):
+    """A dm-thin device of `size` MiB, of a pool of its own on two other disks."""
+
+    def __init__(self, size=64):
+        self.data = NullBlk(size=size + 16)
+        self.pool = Mapped("pool", NullBlk(size=8), lambda path, _:
+                           f"0 {size << 11} thin-pool {path} {self.data.path} 128 0")
+        sh("dmsetup", "message", self.pool.name, "0", "create_thin 0")
+        super().__init__("thin", self.pool, lambda path, sectors: f"0 {sectors} thin {path} 0")
+
+    def close(self):
+        super().close()
+        self.data.close()
 
 
 class Delay(Mapped):

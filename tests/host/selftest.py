@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import backends
 import conformance
 import ktap
 from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
@@ -269,6 +270,7 @@ TESTS = [
     Test("exercise: null_blk irqmode=2, through a device IOTLB that loses translations",
          exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB)),
     test_read_only,
+    *backends.TESTS,
     test_stop_in_flight,
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread")),
@@ -311,6 +313,7 @@ def main():
     ktap.add_options(parser)
     OPTIONS = parser.parse_args()
     OPTIONS.pins = pins()
+    backends.OPTIONS, backends.load = OPTIONS, load
     return ktap.run(TESTS, OPTIONS)
 
 

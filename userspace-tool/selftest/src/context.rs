@@ -15,6 +15,7 @@ use vhost_blk_ring::uapi::Info;
 use vhost_blk_ring::{Device, Guest, Options, WorkerMode};
 
 use crate::disk::{self, Disk};
+use crate::events::Event;
 
 /// How long a request may take. Generous: the host may be emulated.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -78,6 +79,7 @@ pub(crate) struct Context {
     slow_disk: Option<PathBuf>,
     bad_disk: Option<PathBuf>,
     folder: Option<PathBuf>,
+    event: Option<Event>,
     poll_us: u32,
 }
 
@@ -88,6 +90,7 @@ impl Context {
         slow_disk: Option<PathBuf>,
         bad_disk: Option<PathBuf>,
         folder: Option<PathBuf>,
+        event: Option<Event>,
         poll_us: u32,
     ) -> Self {
         Context {
@@ -96,6 +99,7 @@ impl Context {
             slow_disk,
             bad_disk,
             folder,
+            event,
             poll_us,
         }
     }
@@ -195,6 +199,14 @@ impl Context {
         }
     }
 
+    /// What happens to a disk. Without one, the test is skipped.
+    pub(crate) fn event(&self) -> Result<&Event> {
+        match &self.event {
+            Some(event) => Ok(event),
+            None => skip("needs --event-disk"),
+        }
+    }
+
     /// What the device says of the disk.
     pub(crate) fn info(&self) -> Result<Info> {
         let disk = self.disk_read_only()?;
@@ -233,6 +245,10 @@ impl Context {
         }
         if let Some(folder) = &self.folder {
             command.arg("--folder").arg(folder);
+        }
+        if let Some(event) = &self.event {
+            command.arg("--event-disk").arg(&event.disk);
+            command.args(["--event", &event.begin, "--event-end", &event.end]);
         }
         command.arg("--poll-us").arg(self.poll_us.to_string());
         Ok(command)

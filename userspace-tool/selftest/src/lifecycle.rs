@@ -684,7 +684,7 @@ fn under_load(
 }
 
 /// Reads until it is told to stop. It looks at the used ring and does without calls.
-fn busy(queue: &mut Queue, stop: &AtomicBool, done: &AtomicU64) -> Result<()> {
+pub(crate) fn busy(queue: &mut Queue, stop: &AtomicBool, done: &AtomicU64) -> Result<()> {
     let mut n = 0;
     while !stop.load(Ordering::Relaxed) {
         while queue.ring.free_descriptors() >= 8 {

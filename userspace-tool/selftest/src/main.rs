@@ -12,6 +12,7 @@ mod child;
 mod context;
 mod dirty_log;
 mod disk;
+mod events;
 mod iotlb;
 mod kmsg;
 mod lifecycle;
@@ -29,6 +30,7 @@ use clap::Parser;
 use vhost_blk_ring::uapi;
 
 use context::{Context, Test};
+use events::Event;
 
 /// Test /dev/vhost-blk: its interface, requests, and broken or hostile guests.
 #[derive(Debug, Parser)]
@@ -59,6 +61,15 @@ struct Args {
     /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// A disk that something happens to, 32 MiB or more, overwritten; only tests of that are run
+    #[arg(long, value_name = "DISK", requires = "event", requires = "event_end")]
+    event_disk: Option<PathBuf>,
+    /// The shell command that makes it happen; which tests it is for, --only says
+    #[arg(long, value_name = "COMMAND", requires = "event_disk")]
+    event: Option<String>,
+    /// The shell command that ends it, and prints where the disk is then, if that has changed
+    #[arg(long, value_name = "COMMAND", requires = "event_disk")]
+    event_end: Option<String>,
     /// For how long the workers may poll before they sleep; 0 for not at all
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     poll_us: u32,
@@ -88,6 +99,7 @@ fn tests() -> Vec<&'static Test> {
         placement::TESTS,
         dirty_log::TESTS,
         iotlb::TESTS,
+        events::TESTS,
     ]
     .into_iter()
     .flatten()
@@ -99,6 +111,9 @@ fn main() -> ExitCode {
     let selected: Vec<_> = tests()
         .into_iter()
         .filter(|test| args.only.is_empty() || args.only.iter().any(|o| test.name.contains(o)))
+        .filter(|test| {
+            args.list || test.name.starts_with(events::PREFIX) == args.event_disk.is_some()
+        })
         .collect();
     if args.list {
         for test in selected {
@@ -110,12 +125,17 @@ fn main() -> ExitCode {
         eprintln!("selftest: --disk is needed");
         return ExitCode::from(2);
     };
+    let event = match (args.event_disk, args.event, args.event_end) {
+        (Some(disk), Some(begin), Some(end)) => Some(Event { disk, begin, end }),
+        _ => None,
+    };
     let context = Context::new(
         args.device,
         disk,
         args.slow_disk,
         args.bad_disk,
         args.folder,
+        event,
         args.poll_us,
     );
     if let Some(name) = args.run_test {
