@@ -12,6 +12,7 @@ import sys
 import time
 
 import backends
+import cgroups
 import conformance
 import ktap
 from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
@@ -271,6 +272,7 @@ TESTS = [
          exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB)),
     test_read_only,
     *backends.TESTS,
+    *cgroups.TESTS,
     test_stop_in_flight,
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread")),
@@ -313,7 +315,8 @@ def main():
     ktap.add_options(parser)
     OPTIONS = parser.parse_args()
     OPTIONS.pins = pins()
-    backends.OPTIONS, backends.load = OPTIONS, load
+    for module in (backends, cgroups):
+        module.OPTIONS, module.load = OPTIONS, load
     return ktap.run(TESTS, OPTIONS)
 
 
