@@ -13,6 +13,7 @@ import time
 
 import devices
 import ktap
+import life
 import viommu
 from disks import Brd, NullBlk, ScsiDebug, sh
 from ktap import say
@@ -340,13 +341,14 @@ def main():
     if options.module:
         sh("modprobe", "vhost")
         sh("insmod", options.module)
-    devices.OPTIONS = viommu.OPTIONS = options
+    devices.OPTIONS = life.OPTIONS = viommu.OPTIONS = options
     tests = (TESTS if options.device == "virtio-blk-pci"
-             else devices.TESTS + viommu.TESTS + TESTS)
+             else devices.TESTS + viommu.TESTS + life.TESTS + TESTS)
     RIG = Rig(options)
     try:
-        return ktap.run(tests, options, RIG.explain)
+        return ktap.run(tests, options, lambda: (life.LIFE.explain(), RIG.explain()))
     finally:
+        life.LIFE.close()
         RIG.close()
 
 

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: GPL-2.0
+"""Tests of a guest's life: its disks grow, come and go, and are looked at from all sides."""
+
+import os
+
+from disks import Mapped, NullBlk, Thin, sh
+from ktap import say
+from vm import Guest, QmpError
+
+OPTIONS = None
+VERIFY = ("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --minimal "
+          "--name=load --rw=randwrite --bs=4k --iodepth=16 --do_verify=1 --verify_backlog=64")
+
+
+class Life:
+    """The guest, and its disks by name."""
+
+    # MiB of the disk that grows.
+    SMALL, LARGE = 24, 40
+
+    def __init__(self):
+        self.disks = {}
+        self.guest = None
+
+    def start(self):
+        """The guest; it is started for the first test, and again if one broke it."""
+        if not self.guest:
+            self.disks = {
+                "grows": Mapped("grows", NullBlk(size=self.LARGE), lambda path, _:
+                                f"0 {self.SMALL << 11} linear {path} 0"),
+                "thin": Thin(size=48),
+                # Without FUA a write that has to be stable is followed by a flush, which counts.
+                "cached": NullBlk(size=24, cache=8),
+            }
+            args = []
+            for name, disk in self.disks.items():
+                args += ["-blockdev", f"driver=host_device,node-name={name},filename={disk.path}",
+                         "-device", f"vhost-blk-pci,drive={name},id=dev-{name},serial={name},"
+                         f"num-queues=2,queue-size={1024 if name == 'cached' else 256}"]
+            self.guest = Guest("life", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel, OPTIONS.initrd,
+                               args)
+        if self.guest.process is None or self.guest.process.poll() is not None:
+            self.guest.start()
+        return self.guest
+
+    def explain(self):
+        """Print the end of what the guest and QEMU have printed."""
+        if self.guest:
+            self.guest.explain()
+
+    def close(self):
+        """End the guest and remove the disks."""
+        if self.guest:
+            self.guest.kill()
+            self.guest = None
+        for disk in self.disks.values():
+            disk.close()
+        self.disks = {}
+
+
+LIFE = Life()
+
+
+def expect(what, got, wanted):
+    """Fail unless both are equal."""
+    if got != wanted:
+        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
+
+
+def block(vm, name):
+    """The name that a disk has in the guest, by its serial."""
+    return vm.run(f"grep -lx {name} /sys/block/vd*/serial").split("/")[3]
+
+
+def until(vm, what, condition):
+    """Wait in the guest until a condition of its shell is true."""
+    if vm.run(f"i=0; until {condition}; do i=$((i + 1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done",
+              check=False)[0]:
+        raise AssertionError(f"{what}: not within 30 s")
+
+
+def start_load(vm, name, extra):
+    """Start fio in the guest, which verifies what it writes to a disk; end_load() waits for it."""
+    vm.run(f"rm -f /tmp/load.*; ({VERIFY} --filename=/dev/{block(vm, name)} {extra} "
+           "> /tmp/load.out 2>&1; echo $? > /tmp/load.status) & sleep 1; pidof fio")
+
+
+def end_load(vm):
+    """Wait for the end of the load, which must have had no error."""
+    until(vm, "the load's end", "[ -s /tmp/load.status ]")
+    expect("the load's status and output",
+           vm.run("cat /tmp/load.status; grep -v '^3;' /tmp/load.out", check=False)[1], "0")
+
+
+def grow(disk, sectors):
+    """Give a device-mapper disk another size."""
+    sh("sh", "-c", f"echo 0 {sectors} linear {disk.lower.path} 0 | dmsetup load {disk.name} && "
+       f"dmsetup resume {disk.name}")
+
+
+def test_resize():
+    """block_resize: the guest sees a grown disk without a reboot, and writes its new part."""
+    vm = LIFE.start()
+    disk = LIFE.disks["grows"]
+    name = block(vm, "grows")
+    expect("size", vm.run(f"cat /sys/block/{name}/size"), str(LIFE.SMALL << 11))
+    start_load(vm, "grows", "--size=8m --time_based --runtime=8")
+    try:
+        vm.qmp("block_resize", node_name="grows", size=LIFE.LARGE << 20)
+    except QmpError as error:
+        say(error)
+    else:
+        raise AssertionError("QEMU made the disk larger than it is")
+    grow(disk, LIFE.LARGE << 11)
+    vm.qmp("block_resize", node_name="grows", size=LIFE.LARGE << 20)
+    until(vm, "the new size", f"grep -qx {LIFE.LARGE << 11} /sys/block/{name}/size")
+    last = f"bs=64k seek={LIFE.LARGE * 16 - 1}"
+    written = vm.run("dd if=/dev/urandom of=/tmp/last bs=64k count=1 2>/dev/null && "
+                     f"dd if=/tmp/last of=/dev/{name} {last} oflag=direct 2>/dev/null && "
+                     "sha256sum < /tmp/last").split()[0]
+    found = sh("sh", "-c", f"dd if={disk.path} {last.replace('seek', 'skip')} iflag=direct "
+               "status=none | sha256sum").split()[0]
+    expect("the disk's last bytes on the host", found, written)
+    end_load(vm)
+
+
+def test_hotplug():
+    """Disks are plugged in and out by QMP under load, with no error on another."""
+    vm = LIFE.start()
+    start_load(vm, "cached", "--size=16m --time_based --runtime=20")
+    before = vm.run("ls -d /sys/block/vd*")
+    with NullBlk(size=16) as disk:
+        for queues in (1, 2, 4):
+            vm.qmp("blockdev-add", driver="host_device", node_name="plugged", filename=disk.path)
+            vm.qmp("device_add", driver="vhost-blk-pci", drive="plugged", id="dev-plugged",
+                   serial="plugged", num_queues=queues)
+            until(vm, "the new disk", "grep -qx plugged /sys/block/vd*/serial")
+            name = block(vm, "plugged")
+            vm.run(f"{VERIFY} --filename=/dev/{name} --size=1m > /dev/null")
+            # It has requests in flight when it goes; those fail.
+            vm.run(f"(fio --name=doomed --filename=/dev/{name} --rw=randread --ioengine=libaio "
+                   "--direct=1 --bs=4k --iodepth=32 --time_based --runtime=600 > /dev/null 2>&1 &) "
+                   "; sleep 1")
+            seen = len(vm.events)
+            vm.qmp("device_del", id="dev-plugged")
+            vm.wait_event("DEVICE_DELETED", 60, seen)
+            vm.qmp("blockdev-del", node_name="plugged")
+            vm.run("pkill -9 -f name=doomed; true")
+            expect("disks", vm.run("ls -d /sys/block/vd*"), before)
+    end_load(vm)
+
+
+def test_monitor():
+    """query-block, info block, query-blockstats and x-query-virtio-* show the disks as they are."""
+    vm = LIFE.start()
+    shown = {each["qdev"].split("/")[3]: each for each in vm.qmp("query-block") if "qdev" in each}
+    counted = {each["qdev"].split("/")[3]: each for each in vm.qmp("query-blockstats")
+               if "qdev" in each}
+    text = vm.qmp("human-monitor-command", command_line="info block")
+    say(text)
+    paths = {each["path"].split("/")[3]: each for each in vm.qmp("x-query-virtio")}
+    say(paths)
+    for name, disk in LIFE.disks.items():
+        device = f"dev-{name}"
+        image = shown[device]["inserted"]
+        expect(f"{name}: file", image["file"], disk.path)
+        expect(f"{name}: node", image["node-name"], name)
+        expect(f"{name}: read-only", image["ro"], False)
+        if disk.path not in text:
+            raise AssertionError(f"info block does not show {disk.path}")
+        # The requests do not pass through QEMU: docs/install.md says where they are counted.
+        expect(f"{name}: requests that QEMU counts", counted[device]["stats"]["rd_operations"], 0)
+        path = paths[device]["path"]
+        status = vm.qmp("x-query-virtio-status", path=path)
+        expect(f"{name}: started", status["vhost-started"], True)
+        expect(f"{name}: virtqueues", (status["num-vqs"], status["vhost-dev"]["nvqs"]), (2, 2))
+        features = str(status["guest-features"])
+        for feature in ("VIRTIO_BLK_F_FLUSH", "VIRTIO_BLK_F_CONFIG_WCE", "VIRTIO_BLK_F_MQ"):
+            if feature not in features:
+                raise AssertionError(f"{name}: {feature} is not among {features}")
+        queue = vm.qmp("x-query-virtio-queue-status", path=path, queue=1)
+        expect(f"{name}: ring size", queue["vring-num"], 1024 if name == "cached" else 256)
+        ring = vm.qmp("x-query-virtio-vhost-queue-status", path=path, queue=1)
+        expect(f"{name}: ring size", ring["num"], queue["vring-num"])
+        element = vm.qmp("x-query-virtio-queue-element", path=path, queue=0, index=0)
+        expect(f"{name}: descriptors in a chain", len(element["descs"]) > 0, True)
+
+
+def statistics(disk):
+    """What the host's kernel has counted of a disk, as in Documentation/block/stat.rst."""
+    with open(f"/sys/block/{os.path.basename(disk.path)}/stat", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+# Places in that.
+READS, WRITES, FLUSHES = 0, 4, 15
+
+
+def test_cache_type():
+    """The guest switches its write cache, and the next write is stable, or need not be."""
+    vm = LIFE.start()
+    disk = LIFE.disks["cached"]
+    name = block(vm, "cached")
+    for mode, flushes in (("write back", 0), ("write through", 16), ("write back", 0)):
+        vm.run(f"echo {mode} > /sys/block/{name}/cache_type")
+        expect("mode", vm.run(f"cat /sys/block/{name}/cache_type"), mode)
+        before = statistics(disk)
+        vm.run(f"dd if=/dev/zero of=/dev/{name} bs=4k count=16 oflag=direct 2>/dev/null")
+        after = statistics(disk)
+        expect(f"{mode}: writes", after[WRITES] - before[WRITES], 16)
+        expect(f"{mode}: flushes", after[FLUSHES] - before[FLUSHES], flushes)
+
+
+def test_large():
+    """A request of the guest may be as large as its ring: 1 MiB of scattered pages in one."""
+    vm = LIFE.start()
+    for name, segments, requests in (("cached", 1022, 16), ("grows", 254, 32)):
+        where = f"/sys/block/{block(vm, name)}"
+        expect(f"{name}: segments", vm.run(f"cat {where}/queue/max_segments"), str(segments))
+        size = int(vm.run(f"cat {where}/queue/max_sectors_kb"))
+        if size < 1024:
+            raise AssertionError(f"{name}: requests of {size} KiB")
+        found = vm.run(f"before=$(awk '{{print $1}}' {where}/stat); "
+                       f"dd if=/dev/{os.path.basename(where)} of=/dev/null bs=1M count=16 "
+                       f"iflag=direct 2>/dev/null; after=$(awk '{{print $1}}' {where}/stat); "
+                       "echo $((after - before))")
+        say(f"{name}: {found} requests for 16 reads of 1 MiB")
+        if not 16 <= int(found) <= requests:
+            raise AssertionError(f"{name}: {found} requests for 16 reads of 1 MiB")
+    vm.run("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --minimal --name=big "
+           "--rw=write --bs=4m --iodepth=2 --size=8m --do_verify=1 "
+           f"--filename=/dev/{block(vm, 'cached')}")
+
+
+def test_read_only():
+    """A disk becomes read-only on the host: the guest's writes fail until it is writable again."""
+    vm = LIFE.start()
+    disk = LIFE.disks["cached"]
+    name = block(vm, "cached")
+    write = f"dd if=/dev/zero of=/dev/{name} bs=4k count=1 oflag=direct 2>/dev/null"
+    vm.run(write)
+    sh("blockdev", "--setro", disk.path)
+    try:
+        if not vm.run(write, check=False)[0]:
+            raise AssertionError("a write to a read-only disk succeeds")
+        vm.run(f"dd if=/dev/{name} of=/dev/null bs=4k count=64 iflag=direct 2>/dev/null")
+    finally:
+        sh("blockdev", "--setrw", disk.path)
+    vm.run(write)
+
+
+def test_end():
+    """The guest of these tests ends well."""
+    LIFE.start().shut_down()
+    LIFE.close()
+
+
+TESTS = [test_monitor, test_large, test_cache_type, test_read_only, test_resize, test_hotplug,
+         test_end]
