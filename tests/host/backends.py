@@ -95,7 +95,7 @@ def test_resized():
     load()
     with Loop(48) as disk:
         def resize(size):
-            return (f"truncate -s {size}M {disk.file} && losetup --set-capacity {disk.path} && "
+            return (f"truncate -s {size}M {disk.file} && losetup -c {disk.path} && "
                     "udevadm settle")
         event("resized", disk, resize(64), resize(48))
 

@@ -10,7 +10,7 @@ import subprocess
 import time
 
 import ktap
-from disks import NullBlk, sh, write
+from disks import Mapped, NullBlk, sh, write
 from ktap import Test, say
 
 OPTIONS = None
@@ -172,6 +172,32 @@ def io_max(*options):
     return run
 
 
+def test_io_weight():
+    """io.weight divides a disk between two VMs."""
+    load()
+
+    def half(place):
+        return Mapped("half", disk, lambda path, sectors:
+                      f"0 {sectors // 2} linear {path} {place * (sectors // 2)}", shared=True)
+
+    with NullBlk(irqmode=2) as disk, half(0) as first, half(1) as second:
+        Cgroup.prepare()
+        # The disk's cost model says that it does so many random reads in a second.
+        total = 500
+        write(f"{Cgroup.ROOT}/io.cost.model", f"{number(disk)} ctrl=user model=linear "
+              f"rbps=100000000 rseqiops={total} rrandiops={total} "
+              f"wbps=100000000 wseqiops={total} wrandiops={total}")
+        write(f"{Cgroup.ROOT}/io.cost.qos", f"{number(disk)} enable=1 ctrl=user rpct=0.00 "
+              "rlat=1000000 wpct=0.00 wlat=1000000 min=100.00 max=100.00")
+        with Cgroup(io_weight="default 100") as light, Cgroup(io_weight="default 300") as heavy, \
+                Bench(first, depth=32, cgroup=light, runtime=5) as one, \
+                Bench(second, depth=32, cgroup=heavy, runtime=5) as other:
+            few, many = one.result()["iops"], other.result()["iops"]
+        say(f"weight 100: {few:.0f} IOPS, weight 300: {many:.0f}")
+        within("both", few + many, 0.7 * total, 1.3 * total)
+        within("percent of the heavy one", 100 * many / (few + many), 65, 85)
+
+
 def test_cpu_max():
     """cpu.max limits a worker's time, and cpu.stat counts it."""
     load()
@@ -293,6 +319,7 @@ TESTS = [
     Test("io.max limits a VM's disk, and io.stat counts its requests", io_max()),
     Test("the same with a kthread worker", io_max("--worker-mode=kthread"),
          long=True),
+    test_io_weight,
     test_cpu_max,
     test_memory,
     test_workers,

@@ -300,10 +300,12 @@ class Mapped(Disk):
     """A device-mapper device over another disk, which it closes at its end.
 
     table: makes the table from the other disk's path and its size in sectors.
+    shared: the other disk has more such devices on it, and is not closed.
     """
 
-    def __init__(self, what, lower, table):
+    def __init__(self, what, lower, table, shared=False):
         self.lower = lower
+        self.shared = shared
         self.name = f"{what}-{time.monotonic_ns()}"
         self.kind = f"dm-{what} on {lower.kind}"
         sectors = int(sh("blockdev", "--getsz", lower.path))
@@ -316,7 +318,8 @@ class Mapped(Disk):
     def close(self):
         settle()
         sh("dmsetup", "remove", self.name)
-        self.lower.close()
+        if not self.shared:
+            self.lower.close()
 
 
 class Linear(Mapped):
