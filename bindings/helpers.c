@@ -97,6 +97,11 @@ bool rust_helper_put_user_u64(u64 value, u64 __user *to)
 	return !put_user(value, to);
 }
 
+struct page *rust_helper_zero_page(void)
+{
+	return ZERO_PAGE(0);
+}
+
 void *rust_helper_vmap(struct page **pages, unsigned int count)
 {
 	return vmap(pages, count, VM_MAP, PAGE_KERNEL);

@@ -28,6 +28,7 @@ bool rust_helper_put_user_u8(u8 value, u8 __user *to);
 bool rust_helper_put_user_u16(u16 value, u16 __user *to);
 bool rust_helper_put_user_u64(u64 value, u64 __user *to);
 
+struct page *rust_helper_zero_page(void);
 void *rust_helper_vmap(struct page **pages, unsigned int count);
 void rust_helper_vunmap(void *base);
 

@@ -67,6 +67,9 @@ pub(crate) mod feature {
     pub(crate) const TOPOLOGY: u32 = raw::VIRTIO_BLK_F_TOPOLOGY;
     pub(crate) const CONFIG_WCE: u32 = raw::VIRTIO_BLK_F_CONFIG_WCE;
     pub(crate) const MQ: u32 = raw::VIRTIO_BLK_F_MQ;
+    pub(crate) const DISCARD: u32 = raw::VIRTIO_BLK_F_DISCARD;
+    pub(crate) const WRITE_ZEROES: u32 = raw::VIRTIO_BLK_F_WRITE_ZEROES;
+    pub(crate) const SECURE_ERASE: u32 = raw::VIRTIO_BLK_F_SECURE_ERASE;
     // Of `linux/virtio_config.h`, most of which the kernel crate does not have.
     pub(crate) const NOTIFY_ON_EMPTY: u32 = 24;
     pub(crate) const LOG_ALL: u32 = raw::VHOST_F_LOG_ALL;

@@ -7,12 +7,15 @@ use super::{
     request::Status,
     rest, //
 };
-use crate::bindings::vhost::{
-    Request,
-    VirtqueueGuard, //
+use crate::bindings::{
+    block::BioError,
+    vhost::{
+        Request,
+        VirtqueueGuard, //
+    },
 };
 
-/// Requests with more data than their bios that are resumed in one turn of the worker.
+/// Requests that are more than their bios, by their weight, that are resumed in one turn of the worker.
 const MAX_RESUMED: usize = 64;
 
 /// Completes the requests that are done, oldest first, and shows them to the guest together.
@@ -26,15 +29,16 @@ pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
                 guard.defer(request);
             }
         }
-        let Some(request) = guard.next_deferred() else {
+        let Some(mut request) = guard.next_deferred() else {
             break;
         };
-        if resumed == MAX_RESUMED {
+        if resumed >= MAX_RESUMED {
             guard.defer(request);
             guard.requeue_completions();
             break;
         }
-        resumed += 1;
+        let rest = request.data().rest.as_ref();
+        resumed += rest.map_or(1, |rest| rest.weight());
         if !rest::resume(guard, request) {
             if !guard.wait_for_completion() {
                 // Nothing leads back here but this.
@@ -46,13 +50,24 @@ pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
     guard.signal_used();
 }
 
+/// What to say of several bios: that the disk cannot do it only if all that failed say so.
+fn worse(one: Option<BioError>, other: Option<BioError>) -> Option<BioError> {
+    match (one, other) {
+        (None, error) | (error, None) => error,
+        (Some(one), Some(other)) if one == other => Some(one),
+        _ => Some(BioError::Failed),
+    }
+}
+
 /// Completes a request whose bios are done. Returns it if it has data that was not submitted yet.
 fn done<'a>(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'a, Queue>,
 ) -> Option<Request<'a, Queue>> {
+    let mut error = None;
     while let Some(bio) = request.take_bio() {
         if request.failed() {
+            error = worse(error, bio.error());
             continue;
         }
         if let Some(rest) = request.data().rest.as_mut() {
@@ -62,9 +77,16 @@ fn done<'a>(
         }
     }
 
-    let failed = request.failed();
-    let rest = request.data().rest.as_ref();
-    if !failed && rest.is_some_and(|rest| !rest.is_submitted()) {
+    let mut status = Status::Ok;
+    if request.failed() {
+        let rest = request.data().rest.as_mut();
+        match rest.map_or(Err(Status::IoErr), |rest| rest.failed(error, guard)) {
+            Ok(()) => request.clear_failure(),
+            Err(failure) => status = failure,
+        }
+    }
+    let rest = request.data().rest.as_mut();
+    if status == Status::Ok && rest.is_some_and(|rest| !rest.is_submitted()) {
         return Some(request);
     }
 
@@ -72,10 +94,10 @@ fn done<'a>(
     if in_flight.bounces {
         guard.data_mut().bouncing -= 1;
     }
-    let (status, written) = if failed {
-        (Status::IoErr, 0)
+    let written = if status == Status::Ok {
+        in_flight.read_len
     } else {
-        (Status::Ok, in_flight.read_len)
+        0
     };
     guard.complete(in_flight.completion, status as u8, written);
     None

@@ -8,7 +8,10 @@ use super::queue::{
     WEIGHT, //
 };
 use crate::bindings::{
-    block::BlockDevice,
+    block::{
+        BlockDevice,
+        Submitter, //
+    },
     chardev, compat,
     uapi::{
         self,
@@ -59,6 +62,9 @@ const FEATURES: u64 = 1 << feature::SIZE_MAX
     | 1 << feature::TOPOLOGY
     | 1 << feature::CONFIG_WCE
     | 1 << feature::MQ
+    | 1 << feature::DISCARD
+    | 1 << feature::WRITE_ZEROES
+    | 1 << feature::SECURE_ERASE
     | 1 << feature::NOTIFY_ON_EMPTY
     | 1 << feature::LOG_ALL
     | 1 << feature::ANY_LAYOUT
@@ -76,14 +82,17 @@ pub(crate) struct Settings {
     writeback: Atomic<bool>,
     #[pin]
     serial: Mutex<[u8; SERIAL_LEN]>,
+    /// For what the worker must not wait for.
+    pub(super) submitter: Submitter,
 }
 
 impl Settings {
-    fn new() -> impl PinInit<Self> {
-        pin_init!(Self {
+    fn new() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
             writeback: Atomic::new(true),
             serial <- new_mutex!([0; SERIAL_LEN]),
-        })
+            submitter: Submitter::new()?,
+        }? Error)
     }
 
     /// As after opening.
@@ -108,6 +117,7 @@ impl Settings {
 pub(crate) struct Device {
     #[pin]
     vhost: vhost::Device<Queue>,
+    // Dropped last, when nobody submits any more.
     settings: Arc<Settings>,
 }
 

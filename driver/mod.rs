@@ -3,10 +3,10 @@
 //! The driver: what a request is, and what becomes of it.
 //!
 //! A kick leads to `queue`, which fetches chains and has `submit` turn each into a request and bios (`rest`
-//! has what does not fit one bio);
+//! has what does not fit one bio, `ranges` what is done to ranges of the disk without data);
 //! `complete` takes finished bios to the used ring. `poll` looks for more of both before the worker sleeps.
-//! `device` is what user space sees. `request`, `transfer` and `window` are pure code, which the user-space
-//! tests compile too.
+//! `device` is what user space sees. `request`, `segment`, `transfer` and `window` are pure code, which the
+//! user-space tests compile too.
 
 #![deny(unsafe_code)]
 
@@ -14,8 +14,10 @@ mod complete;
 mod device;
 mod poll;
 mod queue;
+mod ranges;
 mod request;
 mod rest;
+mod segment;
 mod submit;
 mod transfer;
 mod window;

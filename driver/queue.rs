@@ -6,6 +6,7 @@ use super::{
     complete,
     device::Settings,
     poll,
+    ranges::Refused,
     rest::Rest,
     submit::{
         self,
@@ -40,6 +41,8 @@ pub(crate) struct Queue {
     pub(super) starved: bool,
     /// Requests that are being bounced.
     pub(super) bouncing: usize,
+    /// How the disk turned out not to write zeroes by itself.
+    pub(super) refused: Refused,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -52,6 +55,7 @@ impl Queue {
             settings,
             starved: false,
             bouncing: 0,
+            refused: Refused::default(),
             window: Window::default(),
             idle_since: None,
         }
@@ -61,6 +65,7 @@ impl Queue {
     pub(super) fn reset(&mut self) {
         self.starved = false;
         self.bouncing = 0;
+        self.refused = Refused::default();
         self.window = Window::default();
         self.idle_since = None;
     }

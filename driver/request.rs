@@ -6,6 +6,8 @@
 //!
 //! Source: Virtual I/O Device (VIRTIO) 1.3, section 5.2.6, 'Device Operation' of the block device.
 
+use super::segment::SEGMENT_LEN;
+
 /// Bytes of `struct virtio_blk_outhdr`: type, reserved, sector.
 pub(crate) const HEADER_LEN: usize = 16;
 
@@ -21,6 +23,17 @@ const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
 const T_FLUSH: u32 = 4;
 const T_GET_ID: u32 = 8;
+const T_DISCARD: u32 = 11;
+const T_WRITE_ZEROES: u32 = 13;
+const T_SECURE_ERASE: u32 = 14;
+
+/// Most segments of a discard, write zeroes or secure erase: what Linux's driver sends at most.
+const MAX_SEGMENTS: u64 = 256;
+
+/// `VIRTIO_BLK_F_*`.
+pub(crate) const F_DISCARD: u32 = 13;
+const F_WRITE_ZEROES: u32 = 14;
+const F_SECURE_ERASE: u32 = 16;
 
 /// What the device says of a request; `VIRTIO_BLK_S_*`.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -43,6 +56,26 @@ pub(crate) struct Limits {
     pub(crate) logical_block_size: u32,
     /// Writes are refused.
     pub(crate) read_only: bool,
+    /// Features that were negotiated.
+    pub(crate) features: u64,
+}
+
+impl Limits {
+    /// Whether a feature bit was negotiated.
+    pub(crate) fn negotiated(&self, bit: u32) -> bool {
+        self.features & (1 << bit) != 0
+    }
+}
+
+/// What a request does to ranges of the disk, without data.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum RangeOp {
+    /// What was there is not needed any more.
+    Discard,
+    /// What is there becomes zeroes.
+    WriteZeroes,
+    /// What was there can never be read again.
+    SecureErase,
 }
 
 /// A request that was checked.
@@ -66,6 +99,13 @@ pub(crate) enum Request {
     Flush,
     /// Tell the disk's serial string.
     GetId,
+    /// Do something to each of `count` segments: see `segment`.
+    Ranges {
+        /// What.
+        op: RangeOp,
+        /// How many, at least one.
+        count: usize,
+    },
 }
 
 /// Decodes and checks a request.
@@ -75,9 +115,9 @@ pub(crate) enum Request {
 ///
 /// # Errors
 ///
-/// The status to complete the request with: [`Status::Unsupp`] for an unknown type,
-/// [`Status::IoErr`] for a range that is not whole blocks of the disk or above 2 GiB, and for a write
-/// to a read-only disk.
+/// The status to complete the request with: [`Status::Unsupp`] for an unknown type or one that was not
+/// negotiated, [`Status::IoErr`] for a range that is not whole blocks of the disk or above 2 GiB, for
+/// what is no array of segments, and for a write to a read-only disk.
 pub(crate) fn decode(
     header: &[u8; HEADER_LEN],
     little_endian: bool,
@@ -100,7 +140,7 @@ pub(crate) fn decode(
 
     match kind {
         T_IN => {
-            check_range(sector, writable, limits)?;
+            check_data(sector, writable, limits)?;
             Ok(Request::In {
                 sector,
                 len: writable,
@@ -108,7 +148,7 @@ pub(crate) fn decode(
         }
         T_OUT if limits.read_only => Err(Status::IoErr),
         T_OUT => {
-            check_range(sector, readable, limits)?;
+            check_data(sector, readable, limits)?;
             Ok(Request::Out {
                 sector,
                 len: readable,
@@ -116,20 +156,54 @@ pub(crate) fn decode(
         }
         T_FLUSH => Ok(Request::Flush),
         T_GET_ID => Ok(Request::GetId),
+        T_DISCARD => ranges(RangeOp::Discard, F_DISCARD, readable, limits),
+        T_WRITE_ZEROES => ranges(RangeOp::WriteZeroes, F_WRITE_ZEROES, readable, limits),
+        T_SECURE_ERASE => ranges(RangeOp::SecureErase, F_SECURE_ERASE, readable, limits),
         _ => Err(Status::Unsupp),
     }
 }
 
-/// Checks that `len` bytes from `sector` on are whole logical blocks within the disk, and not too
-/// many.
-fn check_range(sector: u64, len: u64, limits: &Limits) -> Result<(), Status> {
+/// Checks what can be known of a request with segments before they are read.
+fn ranges(op: RangeOp, feature: u32, readable: u64, limits: &Limits) -> Result<Request, Status> {
+    let segment = SEGMENT_LEN as u64;
+
+    if !limits.negotiated(feature) {
+        return Err(Status::Unsupp);
+    }
+    let count = readable / segment;
+    if limits.read_only || readable % segment != 0 || count == 0 || count > MAX_SEGMENTS {
+        return Err(Status::IoErr);
+    }
+    Ok(Request::Ranges {
+        op,
+        // CAST: Checked above.
+        count: count as usize,
+    })
+}
+
+/// Checks the range of a request with `len` bytes of data.
+fn check_data(sector: u64, len: u64, limits: &Limits) -> Result<(), Status> {
+    check_range(sector, len, limits)?;
+    if len <= MAX_LEN {
+        Ok(())
+    } else {
+        Err(Status::IoErr)
+    }
+}
+
+/// Checks that `len` bytes from `sector` on are whole logical blocks within the disk.
+///
+/// # Errors
+///
+/// [`Status::IoErr`].
+pub(crate) fn check_range(sector: u64, len: u64, limits: &Limits) -> Result<(), Status> {
     let block = u64::from(limits.logical_block_size).max(SECTOR_SIZE);
 
     let aligned = len % block == 0 && sector % (block / SECTOR_SIZE) == 0;
     let within = sector
         .checked_add(len / SECTOR_SIZE)
         .is_some_and(|end| end <= limits.capacity);
-    if aligned && within && len <= MAX_LEN {
+    if aligned && within {
         Ok(())
     } else {
         Err(Status::IoErr)

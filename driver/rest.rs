@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The data of a request: how it is put into bios, and what does not fit the first.
+//! The data of a request: how it is put into bios, and what does not fit the first ones.
 
 use super::{
     queue::Queue,
-    request::SECTOR_SIZE,
+    ranges::Ranges,
+    request::{
+        Status,
+        SECTOR_SIZE, //
+    },
     transfer::{
         plan,
         Plan,
@@ -14,6 +18,7 @@ use super::{
 use crate::bindings::{
     block::{
         Bio,
+        BioError,
         BuildError,
         Building,
         Finished,
@@ -91,21 +96,16 @@ impl Fill {
     }
 }
 
-/// The part of a request that does not fit its first bio.
-pub(super) struct Rest {
-    /// Where the data is: behind what was submitted, but for reads that bounce behind what was
-    /// copied.
-    memory: OwnedUserIter,
-    op: Op,
-    /// Where on the disk the next bio begins.
-    sector: u64,
-    /// Bytes that were not submitted yet.
-    left: usize,
-    how: Fill,
+/// What is left to do for a request when its bios are done.
+pub(super) enum Rest {
+    /// Data that does not fit the first bio.
+    Data(Data),
+    /// Ranges of the disk.
+    Ranges(Ranges),
 }
 
 impl Rest {
-    /// `left` bytes of a request, with `memory`'s cursor where [`Rest`] has it.
+    /// `left` bytes of a request's data, with `memory`'s cursor where [`Data`] has it.
     ///
     /// # Errors
     ///
@@ -117,29 +117,94 @@ impl Rest {
         left: usize,
         how: Fill,
     ) -> Result<KBox<Self>> {
-        let rest = Self {
+        let data = Data {
             memory: memory.to_owned()?,
             op,
             sector,
             left,
             how,
         };
-        Ok(KBox::new(rest, GFP_KERNEL_ACCOUNT)?)
+        Ok(KBox::new(Self::Data(data), GFP_KERNEL_ACCOUNT)?)
     }
 
     /// Whether all of it was submitted.
-    pub(super) fn is_submitted(&self) -> bool {
-        self.left == 0
+    pub(super) fn is_submitted(&mut self) -> bool {
+        match self {
+            Self::Data(data) => data.left == 0,
+            Self::Ranges(ranges) => ranges.is_submitted(),
+        }
     }
 
     /// Copies what a bio read to the guest, if it bounced.
     pub(super) fn copy(&mut self, bio: &Bio<'_, Finished>) -> Result<(), BuildError> {
-        if !self.how.bounces() {
-            return Ok(());
+        match self {
+            Self::Data(data) if data.how.bounces() => {
+                data.memory.with(|memory| bio.copy_bounced(memory))
+            }
+            _ => Ok(()),
         }
-        self.memory.with(|memory| bio.copy_bounced(memory))
     }
 
+    /// Learns that its bios failed, with `error` if the disk said so. `Ok` if it goes on all the same.
+    ///
+    /// # Errors
+    ///
+    /// The status to complete the request with.
+    pub(super) fn failed(
+        &mut self,
+        error: Option<BioError>,
+        guard: &mut VirtqueueGuard<'_, Queue>,
+    ) -> Result<(), Status> {
+        match self {
+            Self::Data(_) => Err(Status::IoErr),
+            Self::Ranges(ranges) => ranges.failed(error, guard),
+        }
+    }
+
+    /// How much it is to resume it, next to others.
+    pub(super) fn weight(&self) -> usize {
+        match self {
+            Self::Data(_) => 1,
+            // What a disk without queue does is done by the worker, however much it is.
+            Self::Ranges(_) => 32,
+        }
+    }
+
+    /// Whether who submits its bios may have to wait for the disk.
+    fn is_throttled(&self) -> bool {
+        match self {
+            Self::Data(_) => false,
+            Self::Ranges(ranges) => ranges.is_throttled(),
+        }
+    }
+
+    /// The next bio of the request, of which there are others unless it is the `first`; `None` if there
+    /// is no memory for it now, or it has to wait for the others.
+    fn next_bio<'a>(
+        &mut self,
+        guard: &VirtqueueGuard<'a, Queue>,
+        first: bool,
+    ) -> Option<Result<Bio<'a, Building>, BuildError>> {
+        match self {
+            Self::Data(data) => data.next_bio(guard, first),
+            Self::Ranges(ranges) => ranges.next_bio(guard, first),
+        }
+    }
+}
+
+/// The part of a request's data that does not fit its first bio.
+pub(super) struct Data {
+    /// Where it is: behind what was submitted, but for reads that bounce behind what was copied.
+    memory: OwnedUserIter,
+    op: Op,
+    /// Where on the disk the next bio begins.
+    sector: u64,
+    /// Bytes that were not submitted yet.
+    left: usize,
+    how: Fill,
+}
+
+impl Data {
     /// The next bio of the request, or `None` if there is no memory for it now.
     fn next_bio<'a>(
         &mut self,
@@ -177,10 +242,12 @@ fn add_bios(
 ) -> usize {
     let most = if request.data().bounces { 1 } else { MAX_BIOS };
     while count < most {
-        let rest = request.data().rest.as_mut();
-        let Some(rest) = rest.filter(|rest| !rest.is_submitted()) else {
+        let Some(rest) = request.data().rest.as_mut() else {
             break;
         };
+        if rest.is_submitted() {
+            break;
+        }
         match rest.next_bio(guard, count == 0) {
             None => break,
             Some(Err(_)) => {
@@ -202,11 +269,24 @@ pub(super) fn resume(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'_, Queue>,
 ) -> bool {
-    // With no bio, but a failure, it is submitted too: that completes it.
-    if add_bios(guard, &mut request, 0) == 0 && !request.failed() {
+    if let Some(Rest::Ranges(ranges)) = request.data().rest.as_deref_mut() {
+        if ranges.mind_stop(guard).is_err() {
+            request.fail();
+        }
+    }
+    let count = add_bios(guard, &mut request, 0);
+    let rest = request.data().rest.as_mut();
+    let waits = count == 0 && rest.is_some_and(|rest| !rest.is_submitted());
+    // With no bio, but a failure or nothing left to do, it is submitted too: that completes it.
+    if waits && !request.failed() {
         guard.defer(request);
         return false;
     }
-    request.submit();
+    let rest = request.data().rest.as_ref();
+    if rest.is_some_and(|rest| rest.is_throttled()) {
+        request.submit_by(&guard.data().settings.submitter);
+    } else {
+        request.submit();
+    }
     true
 }

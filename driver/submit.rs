@@ -9,9 +9,11 @@ use super::{
         BYTE_WEIGHT,
         WEIGHT, //
     },
+    ranges::Ranges,
     request::{
         self,
         Limits,
+        RangeOp,
         Request,
         Status,
         HEADER_LEN,
@@ -44,6 +46,7 @@ use crate::bindings::{
         VirtqueueGuard, //
     },
 };
+use kernel::prelude::*;
 
 /// Requests of one virtqueue that may be bounced at the same time, which bounds the memory that a
 /// guest can make the host allocate.
@@ -139,14 +142,15 @@ fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
         }
         Ok(Request::In { sector, .. }) => transfer(chain, Op::Read, sector, &limits),
         Ok(Request::Out { sector, .. }) => {
-            let writeback = has(features, feature::FLUSH) && guard.data().settings.writeback();
-            transfer(chain, Op::Write { fua: !writeback }, sector, &limits)
+            let fua = !writeback(guard, features);
+            transfer(chain, Op::Write { fua }, sector, &limits)
         }
         Ok(Request::Flush) => flush(chain),
         Ok(Request::GetId) => {
             let serial = guard.data().settings.serial();
             get_id(chain, &serial)
         }
+        Ok(Request::Ranges { op, count }) => ranges(chain, op, count, &limits),
         Err(status) => complete(chain, status, 0),
     }
 }
@@ -156,6 +160,11 @@ fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
 
+/// Whether completed writes may be in a volatile cache.
+fn writeback(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> bool {
+    has(features, feature::FLUSH) && guard.data().settings.writeback()
+}
+
 /// What the guest may ask of the backend now; `None` if there is none.
 fn limits(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> Option<Limits> {
     let backend = guard.backend()?;
@@ -163,6 +172,7 @@ fn limits(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> Option<Limits> {
         capacity: backend.capacity(),
         logical_block_size: backend.logical_block_size(),
         read_only: has(features, feature::RO) || !backend.writable(),
+        features,
     })
 }
 
@@ -199,6 +209,44 @@ fn flush(chain: DescChain<'_, '_, Queue>) -> Outcome {
     };
     request.add(guard, bio);
     request.submit();
+    Outcome::Submitted(0)
+}
+
+/// Takes a request for `count` ranges. Its bios are submitted when completions are looked at.
+fn ranges(chain: DescChain<'_, '_, Queue>, op: RangeOp, count: usize, limits: &Limits) -> Outcome {
+    let guard = chain.guard();
+    let disk = guard.backend().map(|backend| backend.limits());
+    let disk = disk.unwrap_or_default();
+    let can = match op {
+        RangeOp::Discard => disk.max_discard_sectors != 0,
+        RangeOp::SecureErase => disk.max_secure_erase_sectors != 0,
+        RangeOp::WriteZeroes => true,
+    };
+    if !can {
+        return complete(chain, Status::Unsupp, 0);
+    }
+
+    let stable = !writeback(guard, limits.features);
+    let mut memory = data(&chain, Op::Write { fua: false });
+    let little_endian = guard.is_little_endian();
+    let ranges = match Ranges::new(&mut memory, op, count, little_endian, limits, stable) {
+        Ok(ranges) => ranges,
+        Err(status) => return complete(chain, status, 0),
+    };
+    let Ok(rest) = KBox::new(Rest::Ranges(ranges), GFP_KERNEL_ACCOUNT) else {
+        return complete(chain, Status::IoErr, 0);
+    };
+    let request = chain.claim(None, |completion| InFlight {
+        completion,
+        read_len: 0,
+        bounces: false,
+        rest: Some(rest),
+    });
+    let Some((guard, request)) = request else {
+        return Outcome::Broken;
+    };
+    // In its turn: a disk without queue does all that it is given before it returns.
+    guard.defer(request);
     Outcome::Submitted(0)
 }
 

@@ -4,7 +4,10 @@
 //!
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
-use super::device::BlockDevice;
+use super::{
+    device::BlockDevice,
+    submitter::Submitter, //
+};
 use crate::bindings::{
     iov::{
         Direction,
@@ -298,6 +301,15 @@ pub(crate) enum Op {
     },
     /// Makes all writes that were complete before stable. Has no data.
     Flush,
+    /// Tells the disk that what is in a range is not needed any more. Has a range and no data.
+    Discard,
+    /// Writes zeroes to a range. Has no data.
+    WriteZeroes {
+        /// The disk may deallocate it, if it reads as zeroes afterwards.
+        unmap: bool,
+    },
+    /// Erases a range for good. Has no data.
+    SecureErase,
 }
 
 impl Op {
@@ -317,8 +329,23 @@ impl Op {
             Op::Write { fua: true } => WRITE | flag(raw::req_flag_bits___REQ_FUA),
             // `submit_bio()` refuses `REQ_OP_FLUSH`.
             Op::Flush => WRITE | flag(raw::req_flag_bits___REQ_PREFLUSH),
+            Op::Discard => raw::req_op_REQ_OP_DISCARD,
+            Op::WriteZeroes { unmap: true } => raw::req_op_REQ_OP_WRITE_ZEROES,
+            Op::WriteZeroes { unmap: false } => {
+                raw::req_op_REQ_OP_WRITE_ZEROES | flag(raw::req_flag_bits___REQ_NOUNMAP)
+            }
+            Op::SecureErase => raw::req_op_REQ_OP_SECURE_ERASE,
         }
     }
+}
+
+/// Why the block layer or the disk did not do what a bio says.
+#[derive(Copy, Clone, PartialEq, Eq)]
+pub(crate) enum BioError {
+    /// The disk does not do such a thing: `BLK_STS_NOTSUPP`.
+    Unsupported,
+    /// Any other reason.
+    Failed,
 }
 
 /// State of a [`Bio`] that is not submitted yet.
@@ -330,7 +357,7 @@ pub(crate) enum Finished {}
 /// Why pages could not be added to a bio.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum BuildError {
-    /// The guest's memory cannot be used.
+    /// The guest's memory, or the disk, cannot be used as it should be.
     Fault,
     /// The host has no memory to bounce through.
     NoMemory,
@@ -345,7 +372,8 @@ pub(crate) enum BuildError {
 ///
 /// - `raw` is a bio of a [`BioSet`] or a [`BioRoom`], of which this object has the only reference.
 /// - Its vectors are kernel pages allocated for it if its prefix says that it bounces, else pages
-///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none.
+///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none, or it is a write and all are the
+///   zero page, which is nobody's.
 pub(crate) struct Bio<'a, State> {
     raw: NonNull<raw::bio>,
     _state: PhantomData<(&'a BioSet, State)>,
@@ -353,8 +381,12 @@ pub(crate) struct Bio<'a, State> {
 
 impl<State> Bio<'_, State> {
     fn is_read(&self) -> bool {
+        self.op() == raw::req_op_REQ_OP_READ
+    }
+
+    fn op(&self) -> u32 {
         // SAFETY: By the type invariant the bio is ours.
-        unsafe { (*self.raw.as_ptr()).bi_opf & REQ_OP_MASK == raw::req_op_REQ_OP_READ }
+        unsafe { (*self.raw.as_ptr()).bi_opf & REQ_OP_MASK }
     }
 
     fn bounces(&self) -> bool {
@@ -515,6 +547,46 @@ impl Bio<'_, Building> {
         Ok(())
     }
 
+    /// Sets how many sectors a bio that has a range and no data is about, at most what its length can
+    /// say. Others stay empty.
+    pub(crate) fn set_range(&mut self, sectors: u32) {
+        let op = self.op();
+        if op != raw::req_op_REQ_OP_DISCARD
+            && op != raw::req_op_REQ_OP_WRITE_ZEROES
+            && op != raw::req_op_REQ_OP_SECURE_ERASE
+        {
+            return;
+        }
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.raw.as_ptr()).bi_iter.bi_size = sectors.min(u32::MAX >> 9) << 9 };
+    }
+
+    /// Adds `sectors` sectors of zeroes to a write without other data, as many as fit.
+    pub(crate) fn add_zeroes(&mut self, sectors: u32) {
+        if self.op() != raw::req_op_REQ_OP_WRITE || self.bounces() || self.is_pinned() {
+            return;
+        }
+        // SAFETY: By the type invariant the bio is ours.
+        let bio = unsafe { &mut *self.raw.as_ptr() };
+        let mut left = sectors.min(MAX_BIO_LEN >> 9) << 9;
+
+        while left > 0 && bio.bi_vcnt < bio.bi_max_vecs {
+            let piece = left.min(raw::PAGE_SIZE as u32);
+            // INVARIANT: All vectors of the bio are the zero page.
+            // SAFETY: There is room for another vector. The zero page is never freed.
+            unsafe {
+                *bio.bi_io_vec.add(usize::from(bio.bi_vcnt)) = raw::bio_vec {
+                    bv_page: raw::rust_helper_zero_page(),
+                    bv_len: piece,
+                    bv_offset: 0,
+                };
+            }
+            bio.bi_vcnt += 1;
+            bio.bi_iter.bi_size += piece;
+            left -= piece;
+        }
+    }
+
     /// Adds up to `len` bytes of the kernel's own pages, as many as fit; for a write, filled from
     /// `memory`, whose cursor moves behind them.
     ///
@@ -573,6 +645,16 @@ impl Bio<'_, Building> {
 }
 
 impl<'a> Bio<'a, Finished> {
+    /// Why it failed, if it did.
+    pub(crate) fn error(&self) -> Option<BioError> {
+        // SAFETY: By the type invariant the bio is ours.
+        match unsafe { (*self.raw.as_ptr()).bi_status } {
+            0 => None,
+            BLK_STS_NOTSUPP => Some(BioError::Unsupported),
+            _ => Some(BioError::Failed),
+        }
+    }
+
     /// Copies what a read bounced to `memory`, whose cursor moves behind it.
     ///
     /// Context: process context in the owner's address space; may sleep.
@@ -658,6 +740,9 @@ impl<State> Drop for Bio<'_, State> {
         unsafe { BioRoom::put(self.raw) };
     }
 }
+
+/// `BLK_STS_NOTSUPP` of `include/linux/blk_types.h`, a macro with a cast that bindgen does not evaluate.
+const BLK_STS_NOTSUPP: raw::blk_status_t = 1;
 
 /// `REQ_OP_MASK` of `include/linux/blk_types.h`, an expression that bindgen does not evaluate.
 const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;
@@ -845,6 +930,31 @@ impl PendingBios {
             bio = unsafe { (*prefix(raw)).next };
             // SAFETY: The bio is complete, and `end_io()` takes it back.
             unsafe { raw::submit_bio(raw.as_ptr()) };
+        }
+    }
+
+    /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::submit`]; and this object must not move or go before it was pushed.
+    pub(in crate::bindings) unsafe fn submit_by(&self, submitter: &Submitter) {
+        struct Pending(NonNull<PendingBios>);
+        // SAFETY: `PendingBios` is `Sync`.
+        unsafe impl Send for Pending {}
+
+        impl Pending {
+            fn submit(self) {
+                // SAFETY: The caller of `submit_by()` promises what `submit()` asks for, and that the
+                // object is there until the last bio is done: `submit()` submits it.
+                unsafe { self.0.as_ref().submit() };
+            }
+        }
+
+        let pending = Pending(self.into());
+        if submitter.spawn(move || pending.submit()).is_err() {
+            // SAFETY: The caller promises it; nobody else was asked.
+            unsafe { self.submit() };
         }
     }
 

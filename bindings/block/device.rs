@@ -62,6 +62,8 @@ pub(crate) struct Limits {
     pub(crate) dma_alignment: u32,
     pub(crate) max_discard_sectors: u32,
     pub(crate) discard_granularity: u32,
+    /// Where the first whole `discard_granularity` of the disk begins.
+    pub(crate) discard_alignment: u32,
     pub(crate) max_write_zeroes_sectors: u32,
     pub(crate) max_secure_erase_sectors: u32,
     pub(crate) zone_sectors: u32,
@@ -69,6 +71,10 @@ pub(crate) struct Limits {
     pub(crate) max_open_zones: u32,
     pub(crate) max_active_zones: u32,
     pub(crate) max_zone_append_sectors: u32,
+    /// No request but a discard or an erase goes across a multiple of this; 0 if any may.
+    pub(crate) chunk_sectors: u32,
+    /// The first sector of a partition on its disk.
+    pub(crate) start_sector: u64,
     pub(crate) write_cache: bool,
     pub(crate) rotational: bool,
 }
@@ -186,6 +192,7 @@ impl BlockDevice {
             dma_alignment: limits.dma_alignment,
             max_discard_sectors: limits.max_discard_sectors,
             discard_granularity: limits.discard_granularity,
+            discard_alignment: limits.discard_alignment,
             max_write_zeroes_sectors: limits.max_write_zeroes_sectors,
             max_secure_erase_sectors: limits.max_secure_erase_sectors,
             zone_sectors: zone_sectors.try_into().unwrap_or(u32::MAX),
@@ -193,6 +200,9 @@ impl BlockDevice {
             max_open_zones: limits.max_open_zones,
             max_active_zones: limits.max_active_zones,
             max_zone_append_sectors: limits.max_zone_append_sectors,
+            chunk_sectors: limits.chunk_sectors,
+            // SAFETY: The reference to the file keeps the block device alive.
+            start_sector: unsafe { (*bdev).bd_start_sect },
             write_cache,
             rotational: limits.features & raw::BLK_FEAT_ROTATIONAL != 0,
         }

@@ -5,9 +5,11 @@
 mod bio;
 mod device;
 mod plug;
+mod submitter;
 
 pub(crate) use bio::{
     Bio,
+    BioError,
     BioRoom,
     BioSet,
     BuildError,
@@ -22,3 +24,4 @@ pub(crate) use plug::{
     run_softirqs,
     with_plug, //
 };
+pub(crate) use submitter::Submitter;

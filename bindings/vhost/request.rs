@@ -16,7 +16,8 @@ use crate::bindings::{
         BioRoom,
         Building,
         Finished,
-        PendingBios, //
+        PendingBios,
+        Submitter, //
     },
     pages::PinnedByte,
     raw,
@@ -274,6 +275,11 @@ impl<'a, T: Operations> Request<'a, T> {
         self.slot.bios.set_error(true);
     }
 
+    /// Undoes a failure, which somebody made good.
+    pub(crate) fn clear_failure(&self) {
+        self.slot.bios.set_error(false);
+    }
+
     /// Adds a bio, to be submitted after those that were added before.
     ///
     /// One that was made for another virtqueue or backend fails the request instead.
@@ -305,6 +311,14 @@ impl<'a, T: Operations> Request<'a, T> {
         // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
         // on the virtqueue's backend, which stays open while slots have an owner.
         unsafe { slot.bios.submit() };
+    }
+
+    /// As [`Request::submit`], by a task of `submitter`: for bios whose submitter may have to wait.
+    pub(crate) fn submit_by(self, submitter: &Submitter) {
+        let slot = self.into_slot();
+        slot.pass_to(Owner::InFlight);
+        // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.
+        unsafe { slot.bios.submit_by(submitter) };
     }
 
     /// Ends the request and frees its slot.

@@ -76,6 +76,11 @@ use kernel::{
         },
         Arc, //
     },
+    time::{
+        Delta,
+        Instant,
+        Monotonic, //
+    },
     types::Opaque, //
 };
 
@@ -137,8 +142,12 @@ struct Inner<T: Operations> {
     missed: Missed,
     /// Requests that came from the completion list and were not handed out yet.
     completed: *mut raw::llist_node,
-    /// Requests that wait for memory.
+    /// Requests that were put aside, the oldest first.
     deferred: *mut raw::llist_node,
+    /// The last of them, if there is one.
+    last_deferred: *mut raw::llist_node,
+    /// When it was stopped or paused.
+    stopped: Option<Instant<Monotonic>>,
     /// Nobody is left to tell of completions: only [`VirtqueueGuard::abandon`] takes requests.
     abandoned: bool,
     /// The rings are to be mapped, so that requests can be completed without the worker.
@@ -226,6 +235,8 @@ impl<T: Operations> Virtqueue<T> {
                 missed: Missed::default(),
                 completed: core::ptr::null_mut(),
                 deferred: core::ptr::null_mut(),
+                last_deferred: core::ptr::null_mut(),
+                stopped: None,
                 abandoned: false,
                 direct: false,
             }),
@@ -531,6 +542,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.broken = false;
         inner.missed = Missed::default();
         inner.abandoned = false;
+        inner.stopped = None;
         inner.direct = direct;
         self.map_rings();
 
@@ -569,6 +581,12 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     pub(crate) fn stop(&mut self) {
         // SAFETY: The mutex is held.
         unsafe { (*self.vq.as_raw()).private_data = core::ptr::null_mut() };
+        self.inner_mut().stopped.get_or_insert_with(Instant::now);
+    }
+
+    /// For how long it has been stopped or paused, if it is.
+    pub(crate) fn stopped_for(&self) -> Option<Delta> {
+        Some(self.inner().stopped?.elapsed())
     }
 
     /// Whether no slot has an owner.
@@ -670,12 +688,19 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// Fetches nothing until [`VirtqueueGuard::unpause`]. Requests in flight go on.
     pub(super) fn pause(&mut self) {
-        self.inner_mut().paused = true;
+        let inner = self.inner_mut();
+        inner.paused = true;
+        inner.stopped.get_or_insert_with(Instant::now);
     }
 
     /// Ends [`VirtqueueGuard::pause`].
     pub(super) fn unpause(&mut self) {
-        self.inner_mut().paused = false;
+        let running = self.is_running();
+        let inner = self.inner_mut();
+        inner.paused = false;
+        if running {
+            inner.stopped = None;
+        }
         // Whoever looked at the ring meanwhile left it as it was.
         self.poll();
     }
@@ -797,7 +822,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         Self::pop(vq, &mut inner.completed)
     }
 
-    /// Puts a request aside that waits for memory, until [`VirtqueueGuard::next_deferred`].
+    /// Puts a request aside that has to go on later, until [`VirtqueueGuard::next_deferred`].
     ///
     /// One of another virtqueue fails instead.
     pub(crate) fn defer(&mut self, request: Request<'_, T>) {
@@ -806,12 +831,20 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         }
         let node = request.into_slot().bios.node();
         let inner = self.inner_mut();
-        // SAFETY: The request's node is in no list while it has an object, which was given up.
-        unsafe { (*node).next = inner.deferred };
-        inner.deferred = node;
+        // SAFETY: The request's node is in no list while it has an object, which was given up. The last
+        // node is that of a slot that nobody else has as long as the list is not empty.
+        unsafe {
+            (*node).next = core::ptr::null_mut();
+            if inner.deferred.is_null() {
+                inner.deferred = node;
+            } else {
+                (*inner.last_deferred).next = node;
+            }
+        }
+        inner.last_deferred = node;
     }
 
-    /// Takes a request that was put aside.
+    /// Takes the request that was put aside first.
     pub(crate) fn next_deferred(&mut self) -> Option<Request<'a, T>> {
         if self.inner().abandoned {
             return None;

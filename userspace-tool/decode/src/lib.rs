@@ -13,6 +13,9 @@ mod descriptors;
 #[path = "../../../driver/request.rs"]
 mod request;
 #[cfg(test)]
+#[path = "../../../driver/segment.rs"]
+mod segment;
+#[cfg(test)]
 #[path = "../../../driver/transfer.rs"]
 mod transfer;
 #[cfg(test)]
@@ -23,6 +26,8 @@ mod window;
 mod descriptors_tests;
 #[cfg(test)]
 mod request_tests;
+#[cfg(test)]
+mod segment_tests;
 #[cfg(test)]
 mod transfer_tests;
 #[cfg(test)]

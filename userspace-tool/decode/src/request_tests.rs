@@ -4,18 +4,29 @@
 
 use proptest::prelude::*;
 
-use crate::request::{decode, Limits, Request, Status, HEADER_LEN, SECTOR_SIZE};
+use crate::request::{decode, Limits, RangeOp, Request, Status, HEADER_LEN, SECTOR_SIZE};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
+const SECURE_ERASE: u32 = 14;
+
+/// Each of those with its feature bit.
+const RANGES: [(u32, RangeOp, u32); 3] = [
+    (DISCARD, RangeOp::Discard, 13),
+    (WRITE_ZEROES, RangeOp::WriteZeroes, 14),
+    (SECURE_ERASE, RangeOp::SecureErase, 16),
+];
 
 /// A disk of 1000 sectors.
 const DISK: Limits = Limits {
     capacity: 1000,
     logical_block_size: 512,
     read_only: false,
+    features: u64::MAX,
 };
 
 /// The same with blocks of eight sectors.
@@ -171,6 +182,44 @@ fn data_counts_in_the_direction_of_the_request_only() {
 }
 
 #[test]
+fn arrays_of_segments() {
+    for (kind, op, bit) in RANGES {
+        let ranges =
+            |readable, limits: &Limits| decode(&header(kind, 7), true, readable, 0, limits);
+        for count in [1, 2, 255, 256] {
+            let expected = Ok(Request::Ranges { op, count });
+            assert_eq!(ranges(16 * count as u64, &DISK), expected);
+        }
+        for len in [
+            0,
+            1,
+            15,
+            17,
+            31,
+            4095,
+            4097,
+            4112,
+            1 << 40,
+            u64::MAX,
+            u64::MAX - 15,
+        ] {
+            assert_eq!(ranges(len, &DISK), Err(Status::IoErr), "{len}");
+        }
+        let read_only = Limits {
+            read_only: true,
+            ..DISK
+        };
+        assert_eq!(ranges(16, &read_only), Err(Status::IoErr));
+        let without = Limits {
+            features: !(1 << bit),
+            ..DISK
+        };
+        assert_eq!(ranges(16, &without), Err(Status::Unsupp));
+        assert_eq!(ranges(17, &without), Err(Status::Unsupp));
+    }
+}
+
+#[test]
 fn headers_of_either_endianness() {
     let mut big = [0; HEADER_LEN];
     big[..4].copy_from_slice(&OUT.to_be_bytes());
@@ -198,11 +247,14 @@ fn number() -> impl Strategy<Value = u64> {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    (number(), 9..=12u32, any::<bool>()).prop_map(|(capacity, shift, read_only)| Limits {
-        capacity,
-        logical_block_size: 1 << shift,
-        read_only,
-    })
+    (number(), 9..=12u32, any::<bool>(), any::<u64>()).prop_map(
+        |(capacity, shift, read_only, features)| Limits {
+            capacity,
+            logical_block_size: 1 << shift,
+            read_only,
+            features,
+        },
+    )
 }
 
 fn kind() -> impl Strategy<Value = u32> {
@@ -233,7 +285,15 @@ proptest! {
             IN | OUT => Err(Status::IoErr),
             FLUSH => Ok(Request::Flush),
             GET_ID => Ok(Request::GetId),
-            _ => Err(Status::Unsupp),
+            _ => match RANGES.iter().find(|(number, ..)| *number == kind) {
+                Some((_, _, bit)) if limits.features >> bit & 1 == 0 => Err(Status::Unsupp),
+                Some(_) if limits.read_only => Err(Status::IoErr),
+                Some((_, op, _)) if readable % 16 == 0 && (16..=4096).contains(&readable) => {
+                    Ok(Request::Ranges { op: *op, count: (readable / 16) as usize })
+                }
+                Some(_) => Err(Status::IoErr),
+                None => Err(Status::Unsupp),
+            },
         };
         prop_assert_eq!(
             decode(&header(kind, sector), true, readable, writable, &limits),
@@ -250,6 +310,7 @@ proptest! {
         match decode(&bytes, little, readable, writable, &limits) {
             Ok(Request::In { len, .. }) => prop_assert_eq!(len, writable),
             Ok(Request::Out { len, .. }) => prop_assert_eq!(len, readable),
+            Ok(Request::Ranges { count, .. }) => prop_assert_eq!(16 * count as u64, readable),
             Ok(Request::Flush | Request::GetId) => {}
             Err(status) => prop_assert_ne!(status, Status::Ok),
         }

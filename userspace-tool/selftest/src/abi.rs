@@ -148,7 +148,10 @@ const OFFERED: u64 = feature::NOTIFY_ON_EMPTY
     | feature::FLUSH
     | (1 << 10)
     | feature::CONFIG_WCE
-    | feature::MQ;
+    | feature::MQ
+    | feature::DISCARD
+    | feature::WRITE_ZEROES
+    | feature::SECURE_ERASE;
 
 fn number(request: u64) -> Result<u32> {
     Ok(u32::try_from(request)?)
