@@ -72,7 +72,7 @@ pub use guest::{Guest, Options, Workers};
 pub use iotlb::{Iotlb, Translator};
 pub use memory::{Buffer, Memory, Protection};
 pub use queue::Queue;
-pub use request::{Completion, Cut, Kind, Request, Shape, Status};
+pub use request::{Completion, Cut, Kind, Range, Request, Shape, Status};
 pub use ring::{Descriptor, Parts, Ring, Segment, Table, Used};
 pub use uring::Uring;
 pub use vhost::VhostUserMemoryRegionInfo as Region;

@@ -9,8 +9,9 @@
 //! the device wrote anywhere that it should not have.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::error::{Error, Result};
@@ -40,6 +41,12 @@ pub enum Kind {
     Flush,
     /// `VIRTIO_BLK_T_GET_ID`
     GetId,
+    /// `VIRTIO_BLK_T_DISCARD`
+    Discard,
+    /// `VIRTIO_BLK_T_WRITE_ZEROES`
+    WriteZeroes,
+    /// `VIRTIO_BLK_T_SECURE_ERASE`
+    SecureErase,
     /// Any number.
     Other(u32),
 }
@@ -52,8 +59,46 @@ impl Kind {
             Kind::Out => VIRTIO_BLK_T_OUT,
             Kind::Flush => VIRTIO_BLK_T_FLUSH,
             Kind::GetId => VIRTIO_BLK_T_GET_ID,
+            Kind::Discard => VIRTIO_BLK_T_DISCARD,
+            Kind::WriteZeroes => VIRTIO_BLK_T_WRITE_ZEROES,
+            Kind::SecureErase => VIRTIO_BLK_T_SECURE_ERASE,
             Kind::Other(number) => number,
         }
+    }
+}
+
+/// A range of a discard, of zeroes or of an erase:
+/// `struct virtio_blk_discard_write_zeroes`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Range {
+    /// First sector.
+    pub sector: u64,
+    /// Sectors.
+    pub sectors: u32,
+    /// `VIRTIO_BLK_WRITE_ZEROES_FLAG_*`
+    pub flags: u32,
+}
+
+impl Range {
+    /// The flag by which zeroed sectors may be deallocated.
+    pub const UNMAP: u32 = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+    /// Length of a range in a request, bytes.
+    pub const LEN: usize = 16;
+
+    /// A range without flags.
+    pub fn new(sector: u64, sectors: u32) -> Self {
+        Range {
+            sector,
+            sectors,
+            flags: 0,
+        }
+    }
+
+    /// The same, with these flags.
+    #[must_use]
+    pub fn flags(mut self, flags: u32) -> Self {
+        self.flags = flags;
+        self
     }
 }
 
@@ -135,6 +180,17 @@ impl Request {
     /// Asks for the first `len` bytes of the serial number.
     pub fn get_id(len: usize) -> Self {
         Self::new(Kind::GetId, 0, Vec::new(), len)
+    }
+
+    /// Does what `kind` says to each of `ranges`.
+    pub fn ranges(kind: Kind, ranges: &[Range]) -> Self {
+        let mut out = Vec::with_capacity(ranges.len() * Range::LEN);
+        for range in ranges {
+            out.extend(range.sector.to_le_bytes());
+            out.extend(range.sectors.to_le_bytes());
+            out.extend(range.flags.to_le_bytes());
+        }
+        Self::new(kind, 0, out, 0)
     }
 
     /// Any type, with any data either way.
@@ -619,6 +675,25 @@ mod tests {
         assert_eq!((readable, writable), (vec![15], vec![512]));
         let bare = Request::flush().with_header_len(0).without_status();
         assert_eq!(Cut::Usual.lengths(&bare), (vec![], vec![]));
+    }
+
+    #[test]
+    fn ranges_are_sixteen_bytes_each() {
+        let ranges = [
+            Range::new(0x0102_0304_0506_0708, 9),
+            Range::new(1, u32::MAX).flags(Range::UNMAP),
+        ];
+        let request = Request::ranges(Kind::WriteZeroes, &ranges);
+        assert_eq!(request.kind.number(), 13);
+        assert_eq!(
+            request.out,
+            [
+                8, 7, 6, 5, 4, 3, 2, 1, 9, 0, 0, 0, 0, 0, 0, 0, //
+                1, 0, 0, 0, 0, 0, 0, 0, 255, 255, 255, 255, 1, 0, 0, 0
+            ]
+        );
+        let numbers = [Kind::Discard, Kind::SecureErase].map(Kind::number);
+        assert_eq!(numbers, [11, 14]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ mod kmsg;
 mod lifecycle;
 mod memory;
 mod placement;
+mod ranges;
 mod request_defects;
 mod requests;
 mod ring_defects;
@@ -100,6 +101,7 @@ fn tests() -> Vec<&'static Test> {
         dirty_log::TESTS,
         iotlb::TESTS,
         events::TESTS,
+        ranges::TESTS,
     ]
     .into_iter()
     .flatten()

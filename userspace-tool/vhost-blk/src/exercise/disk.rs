@@ -180,6 +180,23 @@ impl Disk {
         }
     }
 
+    /// How many sectors the disk was told to discard since it appeared; of disks that keep no
+    /// statistics, none.
+    pub(crate) fn discarded(&self) -> Result<u64> {
+        let path = self.sysfs.0.join("stat");
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        // Fields of reads, writes, and then discards: requests, merges, sectors, time.
+        let sectors = text.split_whitespace().nth(13).map(str::parse);
+        Ok(sectors.transpose()?.unwrap_or(0))
+    }
+
+    /// Sectors that are discarded together; 0 if the disk cannot.
+    pub(crate) fn discard_sectors(&self) -> Result<u64> {
+        let bytes = self.sysfs.queue_number("discard_granularity")?;
+        Ok(bytes / SECTOR_SIZE as u64)
+    }
+
     /// Copies `len` bytes at byte `start`: whole blocks.
     pub(crate) fn save(&self, start: u64, len: usize) -> Result<Saved> {
         let bytes = self.read(start / SECTOR_SIZE as u64, len)?;

@@ -12,6 +12,7 @@ mod limits;
 mod load;
 mod notify;
 mod parallel;
+mod ranges;
 mod reading;
 mod report;
 pub(crate) mod shapes;
@@ -41,6 +42,7 @@ const CHECKS: &[&[Check]] = &[
     stopping::CHECKS,
     broken::CHECKS,
     writing::CHECKS,
+    ranges::CHECKS,
 ];
 
 /// Runs the checks, prints their results, and returns whether none failed.
