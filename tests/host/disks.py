@@ -62,12 +62,13 @@ class NullBlk(Disk):
     FUA then, so that the kernel flushes after each write with it. queues: with more than one, those for polling
     included, a processor completes what it has submitted itself without a
     softirq even with irqmode=1; with one there is none for polling.
+    discard: whether it can; memory_backed only.
     """
 
     count = 0
 
     def __init__(self, size=64, block_size=512, irqmode=0, nsec=10000, memory_backed=1,
-                 queues=2, cache=0):
+                 queues=2, cache=0, discard=0):
         if not os.path.isdir("/sys/kernel/config/nullb"):
             sh("modprobe", "null_blk", "nr_devices=0")
             if not os.path.ismount("/sys/kernel/config"):
@@ -86,6 +87,7 @@ class NullBlk(Disk):
         if cache:
             write(f"{self.folder}/cache_size", cache)
             write(f"{self.folder}/fua", 0)
+        write(f"{self.folder}/discard", discard)
         if queues == 1:
             write(f"{self.folder}/poll_queues", 0)
         write(f"{self.folder}/power", 1)
@@ -258,12 +260,12 @@ class Nvme(Disk):
 
 
 class ScsiDebug(Disk):
-    """A disk of scsi_debug, of `size` MiB; one at a time."""
+    """A disk of scsi_debug, of `size` MiB; one at a time. parameters: more of the module's."""
 
-    def __init__(self, size=64, block_size=512, delay=0):
+    def __init__(self, *parameters, size=64, block_size=512, delay=0):
         sh("modprobe", "sd_mod")
         sh("modprobe", "scsi_debug", f"dev_size_mb={size}", f"sector_size={block_size}",
-           f"delay={delay}", "max_queue=64")
+           f"delay={delay}", "max_queue=64", *parameters)
         self.kind = f"scsi_debug blocks={block_size}"
         deadline = time.monotonic() + 30
         pattern = "/sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*/block/*"

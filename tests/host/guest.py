@@ -12,6 +12,7 @@ import sys
 import time
 
 import devices
+import discard
 import ktap
 import life
 import viommu
@@ -341,9 +342,9 @@ def main():
     if options.module:
         sh("modprobe", "vhost")
         sh("insmod", options.module)
-    devices.OPTIONS = life.OPTIONS = viommu.OPTIONS = options
+    devices.OPTIONS = discard.OPTIONS = life.OPTIONS = viommu.OPTIONS = options
     tests = (TESTS if options.device == "virtio-blk-pci"
-             else devices.TESTS + viommu.TESTS + life.TESTS + TESTS)
+             else devices.TESTS + discard.TESTS + viommu.TESTS + life.TESTS + TESTS)
     RIG = Rig(options)
     try:
         return ktap.run(tests, options, lambda: (life.LIFE.explain(), RIG.explain()))

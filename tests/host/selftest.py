@@ -102,7 +102,7 @@ def test_reload():
 def selftest():
     """The programs of the ioctl interface and of known defects."""
     load()
-    with Brd() as disk, Delay(NullBlk(size=16), 600, 600) as slow, \
+    with Brd() as disk, Delay(NullBlk(size=16, discard=1), 600, 600) as slow, \
             HalfBad(NullBlk(size=16)) as bad, Ext4(NullBlk()) as folder:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
                      "--slow-disk", slow.path, "--bad-disk", bad.path, "--folder", folder.path)
@@ -165,6 +165,7 @@ DIRECT = ("direct_completion=1",)
 POLL = "--poll-us=1000"
 WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
 TASK = (*WRITE, "--worker-mode=task")
+RANGES = ("--only=zeroes", "--only=discard", "--only=erase", "--only=ranges")
 KTHREAD = (*WRITE, "--worker-mode=kthread")
 IOTLB = ("--iotlb", "--invalidate-ms=20")
 
@@ -261,6 +262,11 @@ TESTS = [
     Test("exercise: null_blk irqmode=2, a worker for each queue",
          exercise(lambda: NullBlk(irqmode=2), *TASK, "--workers=per-queue")),
     Test("exercise: brd", exercise(Brd, *TASK)),
+    Test("discards and zeroes: null_blk irqmode=2",
+         exercise(lambda: NullBlk(irqmode=2, discard=1), *TASK, *RANGES)),
+    Test("discards and zeroes: scsi_debug, small pieces",
+         exercise(lambda: ScsiDebug("lbpu=1", "unmap_granularity=16", "unmap_max_blocks=64",
+                                    "lbpws=1", "write_same_length=32"), *TASK, *RANGES)),
     Test("exercise: loop", exercise(Loop, *TASK)),
     Test("exercise: loop, 4096-byte blocks, kthread workers",
          exercise(lambda: Loop(block_size=4096), *KTHREAD)),
