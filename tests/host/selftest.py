@@ -265,7 +265,7 @@ TESTS = [
     Test("discards and zeroes: null_blk irqmode=2",
          exercise(lambda: NullBlk(irqmode=2, discard=1), *TASK, *RANGES)),
     Test("discards and zeroes: scsi_debug, small pieces",
-         exercise(lambda: ScsiDebug("lbpu=1", "unmap_granularity=16", "unmap_max_blocks=64",
+         exercise(lambda: ScsiDebug("lbpu=1", "unmap_max_blocks=64",
                                     "lbpws=1", "write_same_length=32"), *TASK, *RANGES)),
     Test("exercise: loop", exercise(Loop, *TASK)),
     Test("exercise: loop, 4096-byte blocks, kthread workers",
