@@ -44,6 +44,35 @@ struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev)
 	return &bdev_get_queue(bdev)->limits;
 }
 
+/*
+ * What block/blk-zoned.c says in blkdev_has_cached_report_zones(), which is in
+ * no header: blkdev_get_zone_info() does not ask the disk then.
+ */
+bool rust_helper_bdev_zone_info_cached(struct block_device *bdev)
+{
+	struct gendisk *disk = bdev->bd_disk;
+
+	return disk->zone_wplugs_hash && rcu_access_pointer(disk->zones_cond) &&
+	       (bdev_emulates_zone_append(bdev) ||
+		(queue_is_mq(disk->queue) &&
+		 !test_bit(GD_ZONE_APPEND_USED, &disk->state)));
+}
+
+unsigned int rust_helper_memalloc_noio_save(void)
+{
+	return memalloc_noio_save();
+}
+
+void rust_helper_memalloc_noio_restore(unsigned int flags)
+{
+	memalloc_noio_restore(flags);
+}
+
+void rust_helper_init_work(struct work_struct *work, work_func_t func)
+{
+	INIT_WORK(work, func);
+}
+
 /* A loop, since its iterator is a macro. */
 bool rust_helper_bio_dirty(struct bio *bio)
 {

@@ -8,8 +8,10 @@
 #include <linux/llist.h>
 #include <linux/sched.h>
 #include <linux/sched/clock.h>
+#include <linux/sched/mm.h>
 #include <linux/spinlock.h>
 #include <linux/uaccess.h>
+#include <linux/workqueue.h>
 
 struct vhost_virtqueue;
 
@@ -19,6 +21,12 @@ int rust_helper_bdev_alignment_offset(struct block_device *bdev);
 unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev);
 sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev);
 struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev);
+bool rust_helper_bdev_zone_info_cached(struct block_device *bdev);
+
+unsigned int rust_helper_memalloc_noio_save(void);
+void rust_helper_memalloc_noio_restore(unsigned int flags);
+
+void rust_helper_init_work(struct work_struct *work, work_func_t func);
 
 bool rust_helper_bio_dirty(struct bio *bio);
 bool rust_helper_page_dirty(struct page *page);

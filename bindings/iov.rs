@@ -314,6 +314,11 @@ pub(crate) struct OwnedUserIter {
 }
 
 impl OwnedUserIter {
+    /// Moves the position to the first byte.
+    pub(crate) fn rewind(&mut self) {
+        self.position = 0;
+    }
+
     /// Calls `f` with a cursor at the position, and keeps how far `f` moved it if it succeeds.
     ///
     /// # Errors

@@ -70,6 +70,7 @@ pub(crate) mod feature {
     pub(crate) const DISCARD: u32 = raw::VIRTIO_BLK_F_DISCARD;
     pub(crate) const WRITE_ZEROES: u32 = raw::VIRTIO_BLK_F_WRITE_ZEROES;
     pub(crate) const SECURE_ERASE: u32 = raw::VIRTIO_BLK_F_SECURE_ERASE;
+    pub(crate) const ZONED: u32 = raw::VIRTIO_BLK_F_ZONED;
     // Of `linux/virtio_config.h`, most of which the kernel crate does not have.
     pub(crate) const NOTIFY_ON_EMPTY: u32 = 24;
     pub(crate) const LOG_ALL: u32 = raw::VHOST_F_LOG_ALL;
@@ -130,7 +131,7 @@ unsafe impl FromBytes for Info {}
 unsafe impl AsBytes for Info {}
 
 const _: () = assert!(
-    size_of::<raw::vhost_blk_info>() == 2 * 4 + 2 * 4 + 2 * 8 + 22 * 4 + 4 * 8,
+    size_of::<raw::vhost_blk_info>() == 2 * 4 + 2 * 4 + 2 * 8 + 24 * 4 + 3 * 8,
     "struct vhost_blk_info has padding"
 );
 
@@ -168,8 +169,8 @@ impl Info {
         self.0.flags |= raw::VHOST_BLK_INFO_RUNNING;
     }
 
-    /// Sets the fields of a backend.
-    pub(crate) fn set_backend(&mut self, backend: &BlockDevice) {
+    /// Sets the fields of a backend, of which a zone append may be of so many sectors.
+    pub(crate) fn set_backend(&mut self, backend: &BlockDevice, max_zone_append_sectors: u32) {
         let limits = backend.limits();
         let info = &mut self.0;
 
@@ -191,15 +192,19 @@ impl Info {
         info.max_sectors = limits.max_sectors;
         info.max_segments = limits.max_segments;
         info.dma_alignment = limits.dma_alignment;
-        info.max_discard_sectors = limits.max_discard_sectors;
-        info.discard_granularity = limits.discard_granularity;
-        info.max_write_zeroes_sectors = limits.max_write_zeroes_sectors;
-        info.max_secure_erase_sectors = limits.max_secure_erase_sectors;
+        // The device does nothing of the kind to zoned disks.
+        if !backend.is_zoned() {
+            info.max_discard_sectors = limits.max_discard_sectors;
+            info.discard_granularity = limits.discard_granularity;
+            info.max_write_zeroes_sectors = limits.max_write_zeroes_sectors;
+            info.max_secure_erase_sectors = limits.max_secure_erase_sectors;
+        }
         info.zone_sectors = limits.zone_sectors;
         info.max_open_zones = limits.max_open_zones;
         info.max_active_zones = limits.max_active_zones;
-        info.max_zone_append_sectors = limits.max_zone_append_sectors;
+        info.max_zone_append_sectors = max_zone_append_sectors;
         info.nr_zones = limits.nr_zones;
+        info.zone_write_granularity = limits.zone_write_granularity;
     }
 
     /// Reads what user space asks: the size of its structure in bytes, and a descriptor, or

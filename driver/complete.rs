@@ -5,7 +5,8 @@
 use super::{
     queue::Queue,
     request::Status,
-    rest, //
+    rest,
+    zone, //
 };
 use crate::bindings::{
     block::BioError,
@@ -70,17 +71,21 @@ fn done<'a>(
             error = worse(error, bio.error());
             continue;
         }
-        if let Some(rest) = request.data().rest.as_mut() {
-            if rest.copy(&bio).is_err() {
-                request.fail();
-            }
+        let in_flight = request.data();
+        let rest = in_flight.rest.as_mut();
+        let copied = rest.is_none_or(|rest| rest.copy(&bio).is_ok());
+        if !copied || in_flight.zone.bio_done(&bio).is_err() {
+            request.fail();
         }
     }
 
+    let mut request = zone::resume(request)?;
     let mut status = Status::Ok;
     if request.failed() {
-        let rest = request.data().rest.as_mut();
-        match rest.map_or(Err(Status::IoErr), |rest| rest.failed(error, guard)) {
+        let in_flight = request.data();
+        let failure = in_flight.zone.status(error);
+        let rest = in_flight.rest.as_mut();
+        match rest.map_or(Err(failure), |rest| rest.failed(error, failure, guard)) {
             Ok(()) => request.clear_failure(),
             Err(failure) => status = failure,
         }
@@ -91,6 +96,7 @@ fn done<'a>(
     }
 
     let in_flight = request.finish();
+    zone::finished(guard, &in_flight.zone);
     if in_flight.bounces {
         guard.data_mut().bouncing -= 1;
     }

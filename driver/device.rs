@@ -2,10 +2,13 @@
 
 //! What user space sees: open files of `/dev/vhost-blk` and their ioctls.
 
-use super::queue::{
-    Queue,
-    BYTE_WEIGHT,
-    WEIGHT, //
+use super::{
+    queue::{
+        Queue,
+        BYTE_WEIGHT,
+        WEIGHT, //
+    },
+    zone, //
 };
 use crate::bindings::{
     block::{
@@ -65,6 +68,7 @@ const FEATURES: u64 = 1 << feature::SIZE_MAX
     | 1 << feature::DISCARD
     | 1 << feature::WRITE_ZEROES
     | 1 << feature::SECURE_ERASE
+    | 1 << feature::ZONED
     | 1 << feature::NOTIFY_ON_EMPTY
     | 1 << feature::LOG_ALL
     | 1 << feature::ANY_LAYOUT
@@ -213,9 +217,6 @@ impl Device {
     }
 
     /// Starts every virtqueue that is set up on the block device `fd`.
-    ///
-    /// Zoned disks are refused (`EOPNOTSUPP`): a guest that knows nothing of zones would write where
-    /// it may not, and the kernel log each of these writes.
     fn start(&self, fd: i32) -> Result<isize> {
         let device = self.vhost.lock();
         device.check_owner()?;
@@ -226,9 +227,6 @@ impl Device {
         }
         if !device.virtqueues().any(|vq| vq.lock().is_set_up()) {
             return Err(EINVAL);
-        }
-        if backend.limits().zone_sectors != 0 {
-            return Err(compat::eopnotsupp());
         }
         backend.sync_and_invalidate()?;
 
@@ -290,14 +288,14 @@ impl Device {
             if guard.is_running() {
                 info.set_running();
                 if let (None, Some(backend)) = (fd, guard.backend()) {
-                    info.set_backend(backend);
+                    set_backend(&mut info, backend);
                 }
                 break;
             }
         }
         drop(device);
         if let Some(fd) = fd {
-            info.set_backend(&block_device(fd)?);
+            set_backend(&mut info, &block_device(fd)?);
         }
         info.write_to(arg, len)?;
         Ok(0)
@@ -313,6 +311,11 @@ fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<BlockDevice>, direct
         }
     }
     Ok(())
+}
+
+/// Sets the fields of a backend: what it can do, as far as the device can make use of it.
+fn set_backend(info: &mut Info, backend: &BlockDevice) {
+    info.set_backend(backend, zone::max_append_sectors(backend));
 }
 
 /// The block device behind a descriptor: see [`BlockDevice::from_fd`].

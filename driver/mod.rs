@@ -5,8 +5,8 @@
 //! A kick leads to `queue`, which fetches chains and has `submit` turn each into a request and bios (`rest`
 //! has what does not fit one bio, `ranges` what is done to ranges of the disk without data);
 //! `complete` takes finished bios to the used ring. `poll` looks for more of both before the worker sleeps.
-//! `device` is what user space sees. `request`, `segment`, `transfer` and `window` are pure code, which the
-//! user-space tests compile too.
+//! `zone` has the requests of zoned disks. `device` is what user space sees. `request`, `zone_request`,
+//! `segment`, `transfer` and `window` are pure code, which the user-space tests compile too.
 
 #![deny(unsafe_code)]
 
@@ -21,5 +21,7 @@ mod segment;
 mod submit;
 mod transfer;
 mod window;
+mod zone;
+mod zone_request;
 
 pub(crate) use device::Device;

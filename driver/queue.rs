@@ -12,7 +12,8 @@ use super::{
         self,
         Batch, //
     },
-    window::Window, //
+    window::Window,
+    zone::InZone, //
 };
 use crate::bindings::{
     block,
@@ -43,6 +44,8 @@ pub(crate) struct Queue {
     pub(super) bouncing: usize,
     /// How the disk turned out not to write zeroes by itself.
     pub(super) refused: Refused,
+    /// Reports of zones that use more memory than others.
+    pub(super) large_reports: usize,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -56,6 +59,7 @@ impl Queue {
             starved: false,
             bouncing: 0,
             refused: Refused::default(),
+            large_reports: 0,
             window: Window::default(),
             idle_since: None,
         }
@@ -66,6 +70,7 @@ impl Queue {
         self.starved = false;
         self.bouncing = 0;
         self.refused = Refused::default();
+        self.large_reports = 0;
         self.window = Window::default();
         self.idle_since = None;
     }
@@ -80,6 +85,8 @@ pub(crate) struct InFlight {
     pub(super) bounces: bool,
     /// What does not fit the bios in flight.
     pub(super) rest: Option<KBox<Rest>>,
+    /// What there is to it on a zoned disk.
+    pub(super) zone: InZone,
 }
 
 impl Operations for Queue {
@@ -93,6 +100,12 @@ impl Operations for Queue {
 
     fn handle_completions(guard: &mut VirtqueueGuard<'_, Self>) {
         complete::completions(guard);
+    }
+
+    fn handle_slow(request: &mut InFlight) {
+        if let InZone::Report(report) = &mut request.zone {
+            report.ask();
+        }
     }
 
     fn handle_completion_work(vq: &Virtqueue<Self>, turn: &Turn) {

@@ -253,13 +253,13 @@ impl Ranges {
         if self.op != RangeOp::WriteZeroes {
             return Err(match error {
                 BioError::Unsupported => Status::Unsupp,
-                BioError::Failed => Status::IoErr,
+                _ => Status::IoErr,
             });
         }
         let disk = guard.backend().map(|disk| disk.limits());
         let offered = disk.is_some_and(|limits| limits.max_write_zeroes_sectors != 0);
         let Refused { unmap, keep } = self.asked;
-        if !(unmap || keep) || (error == BioError::Failed && offered) {
+        if !(unmap || keep) || (error != BioError::Unsupported && offered) {
             return Err(Status::IoErr);
         }
         let refused = &mut guard.data_mut().refused;

@@ -6,7 +6,10 @@
 //!
 //! Source: Virtual I/O Device (VIRTIO) 1.3, section 5.2.6, 'Device Operation' of the block device.
 
-use super::segment::SEGMENT_LEN;
+use super::{
+    segment::SEGMENT_LEN,
+    zone_request, //
+};
 
 /// Bytes of `struct virtio_blk_outhdr`: type, reserved, sector.
 pub(crate) const HEADER_LEN: usize = 16;
@@ -16,7 +19,7 @@ pub(crate) const SECTOR_SIZE: u64 = 512;
 
 /// Most bytes of data of one request, QEMU's limit too. A guest could otherwise have the same memory
 /// in a chain many times over, and keep the host busy for hours with one request.
-const MAX_LEN: u64 = 0x7fff_fe00;
+pub(super) const MAX_LEN: u64 = 0x7fff_fe00;
 
 /// `VIRTIO_BLK_T_*`.
 const T_IN: u32 = 0;
@@ -45,6 +48,14 @@ pub(crate) enum Status {
     IoErr = 1,
     /// The device has no such request.
     Unsupp = 2,
+    /// The request is not one for that zone.
+    ZoneInvalidCmd = 3,
+    /// It does not begin at the zone's write pointer.
+    ZoneUnalignedWp = 4,
+    /// Too many zones would be open.
+    ZoneOpenResource = 5,
+    /// Too many zones would be open or closed.
+    ZoneActiveResource = 6,
 }
 
 /// What a guest may ask now.
@@ -56,8 +67,10 @@ pub(crate) struct Limits {
     pub(crate) logical_block_size: u32,
     /// Writes are refused.
     pub(crate) read_only: bool,
-    /// Features that were negotiated.
+    /// Features that were negotiated and that the backend has.
     pub(crate) features: u64,
+    /// What goes for zones, if the guest knows that the disk has any.
+    pub(crate) zones: Option<zone_request::Limits>,
 }
 
 impl Limits {
@@ -106,6 +119,8 @@ pub(crate) enum Request {
         /// How many, at least one.
         count: usize,
     },
+    /// One that only zoned disks have.
+    Zone(zone_request::Request),
 }
 
 /// Decodes and checks a request.
@@ -117,7 +132,8 @@ pub(crate) enum Request {
 ///
 /// The status to complete the request with: [`Status::Unsupp`] for an unknown type or one that was not
 /// negotiated, [`Status::IoErr`] for a range that is not whole blocks of the disk or above 2 GiB, for
-/// what is no array of segments, and for a write to a read-only disk.
+/// what is no array of segments, and for a write to a read-only disk. See [`zone_request::decode`] for
+/// the requests of zoned disks.
 pub(crate) fn decode(
     header: &[u8; HEADER_LEN],
     little_endian: bool,
@@ -159,7 +175,16 @@ pub(crate) fn decode(
         T_DISCARD => ranges(RangeOp::Discard, F_DISCARD, readable, limits),
         T_WRITE_ZEROES => ranges(RangeOp::WriteZeroes, F_WRITE_ZEROES, readable, limits),
         T_SECURE_ERASE => ranges(RangeOp::SecureErase, F_SECURE_ERASE, readable, limits),
-        _ => Err(Status::Unsupp),
+        _ => zone_request::decode(
+            kind,
+            sector,
+            readable,
+            writable,
+            limits.capacity,
+            limits.read_only,
+            limits.zones.as_ref(),
+        )
+        .map(Request::Zone),
     }
 }
 

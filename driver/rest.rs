@@ -3,7 +3,10 @@
 //! The data of a request: how it is put into bios, and what does not fit the first ones.
 
 use super::{
-    queue::Queue,
+    queue::{
+        InFlight,
+        Queue, //
+    },
     ranges::Ranges,
     request::{
         Status,
@@ -60,6 +63,22 @@ impl Fill {
                 MAX_BIO_PAGES,
             ),
             dma_alignment,
+        }
+    }
+
+    /// Copies memory that one bio would not hold otherwise.
+    pub(super) fn bounced() -> Self {
+        Self {
+            plan: Plan::Bounce,
+            dma_alignment: 0,
+        }
+    }
+
+    /// How many pieces of pages it is, if it fits one bio without being copied.
+    pub(super) fn single(self) -> Option<usize> {
+        match self.plan {
+            Plan::Single(pages) => Some(pages),
+            Plan::Split | Plan::Bounce => None,
         }
     }
 
@@ -149,14 +168,15 @@ impl Rest {
     ///
     /// # Errors
     ///
-    /// The status to complete the request with.
+    /// The status to complete the request with: `failure` if it has data.
     pub(super) fn failed(
         &mut self,
         error: Option<BioError>,
+        failure: Status,
         guard: &mut VirtqueueGuard<'_, Queue>,
     ) -> Result<(), Status> {
         match self {
-            Self::Data(_) => Err(Status::IoErr),
+            Self::Data(_) => Err(failure),
             Self::Ranges(ranges) => ranges.failed(error, guard),
         }
     }
@@ -228,9 +248,19 @@ impl Data {
 
 /// Adds bios to a request that has one already and more data, as far as memory goes.
 pub(super) fn extend(guard: &VirtqueueGuard<'_, Queue>, request: &mut Request<'_, Queue>) {
-    // Data that bounces goes one bio at a time: the next is filled when the last was copied.
-    if !request.data().bounces {
+    if most_bios(request.data()) > 1 {
         add_bios(guard, request, 1);
+    }
+}
+
+/// How many bios of a request may be in flight.
+fn most_bios(in_flight: &InFlight) -> usize {
+    // Data that bounces goes one bio at a time: the next is filled when the last was copied. So does what is
+    // written to a sequential zone: if one fails, the next is not written at a wrong place.
+    if in_flight.bounces || in_flight.zone.is_ordered() {
+        1
+    } else {
+        MAX_BIOS
     }
 }
 
@@ -240,7 +270,7 @@ fn add_bios(
     request: &mut Request<'_, Queue>,
     mut count: usize,
 ) -> usize {
-    let most = if request.data().bounces { 1 } else { MAX_BIOS };
+    let most = most_bios(request.data());
     while count < most {
         let Some(rest) = request.data().rest.as_mut() else {
             break;

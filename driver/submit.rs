@@ -24,10 +24,16 @@ use super::{
         Fill,
         Rest, //
     },
+    zone::{
+        self,
+        InZone, //
+    },
 };
 use crate::bindings::{
     block::{
+        Bio,
         BuildError,
+        Building,
         Op, //
     },
     iov::{
@@ -55,6 +61,10 @@ const MAX_BOUNCING: usize = 16;
 /// Requests that are submitted before completions are looked at. The block layer gives what is
 /// plugged to the disk after as many.
 const TURN: usize = 32;
+
+/// What no zoned disk has: the block layer does none of it to a zone that is written sequentially, and the
+/// specification has DISCARD offered for no host-managed disk. Guests reset zones.
+const RANGES: u64 = 1 << feature::DISCARD | 1 << feature::WRITE_ZEROES | 1 << feature::SECURE_ERASE;
 
 /// What was submitted since the worker came.
 #[derive(Default)]
@@ -107,7 +117,7 @@ pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch)
 }
 
 /// What became of a chain.
-enum Outcome {
+pub(super) enum Outcome {
     /// Its request, of so many bytes, is in flight, or complete already.
     Submitted(usize),
     /// It is back in the ring.
@@ -140,10 +150,17 @@ fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
         Ok(Request::In { len: 0, .. } | Request::Out { len: 0, .. }) => {
             complete(chain, Status::Ok, 0)
         }
-        Ok(Request::In { sector, .. }) => transfer(chain, Op::Read, sector, &limits),
-        Ok(Request::Out { sector, .. }) => {
+        Ok(Request::In { sector, .. }) => transfer(chain, Op::Read, sector, &limits, InZone::No),
+        Ok(Request::Out { sector, len }) => {
             let fua = !writeback(guard, features);
-            transfer(chain, Op::Write { fua }, sector, &limits)
+            match check_zones(guard, sector, len, &limits) {
+                Ok(zone) => transfer(chain, Op::Write { fua }, sector, &limits, zone),
+                Err(status) => complete(chain, status, 0),
+            }
+        }
+        Ok(Request::Zone(request)) => {
+            let fua = !writeback(guard, features);
+            zone::submit(chain, request, &limits, fua)
         }
         Ok(Request::Flush) => flush(chain),
         Ok(Request::GetId) => {
@@ -152,6 +169,19 @@ fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
         }
         Ok(Request::Ranges { op, count }) => ranges(chain, op, count, &limits),
         Err(status) => complete(chain, status, 0),
+    }
+}
+
+/// Checks a write, if the disk is zoned. Returns what its end has to know of that.
+fn check_zones(
+    guard: &VirtqueueGuard<'_, Queue>,
+    sector: u64,
+    len: u64,
+    limits: &Limits,
+) -> Result<InZone, Status> {
+    match (guard.backend(), &limits.zones) {
+        (Some(backend), Some(zones)) => zone::check_write(backend, sector, len, zones),
+        _ => Ok(InZone::No),
     }
 }
 
@@ -168,16 +198,24 @@ fn writeback(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> bool {
 /// What the guest may ask of the backend now; `None` if there is none.
 fn limits(guard: &VirtqueueGuard<'_, Queue>, features: u64) -> Option<Limits> {
     let backend = guard.backend()?;
+    let zoned = backend.is_zoned();
+    // A guest that knows nothing of zones would write where it must not.
+    let unaware = zoned && !has(features, feature::ZONED);
     Some(Limits {
         capacity: backend.capacity(),
         logical_block_size: backend.logical_block_size(),
-        read_only: has(features, feature::RO) || !backend.writable(),
-        features,
+        read_only: has(features, feature::RO) || !backend.writable() || unaware,
+        features: if zoned { features & !RANGES } else { features },
+        zones: if zoned && !unaware {
+            zone::limits(backend)
+        } else {
+            None
+        },
     })
 }
 
 /// Completes a request that has no bio.
-fn complete(chain: DescChain<'_, '_, Queue>, status: Status, written: usize) -> Outcome {
+pub(super) fn complete(chain: DescChain<'_, '_, Queue>, status: Status, written: usize) -> Outcome {
     chain
         .complete(status as u8, written)
         .map_or(Outcome::Broken, |()| Outcome::Submitted(0))
@@ -203,6 +241,7 @@ fn flush(chain: DescChain<'_, '_, Queue>) -> Outcome {
         read_len: 0,
         bounces: false,
         rest: None,
+        zone: InZone::No,
     });
     let Some((guard, mut request)) = request else {
         return Outcome::Broken;
@@ -241,6 +280,7 @@ fn ranges(chain: DescChain<'_, '_, Queue>, op: RangeOp, count: usize, limits: &L
         read_len: 0,
         bounces: false,
         rest: Some(rest),
+        zone: InZone::No,
     });
     let Some((guard, request)) = request else {
         return Outcome::Broken;
@@ -251,35 +291,32 @@ fn ranges(chain: DescChain<'_, '_, Queue>, op: RangeOp, count: usize, limits: &L
 }
 
 /// Submits a read or a write of the chain's data.
-fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limits) -> Outcome {
+fn transfer(
+    chain: DescChain<'_, '_, Queue>,
+    op: Op,
+    sector: u64,
+    limits: &Limits,
+    zone: InZone,
+) -> Outcome {
     let Some(backend) = chain.guard().backend() else {
         return complete(chain, Status::IoErr, 0);
     };
     if let Some(page) = data_page(&chain, op, backend.dma_alignment()) {
-        return transfer_page(chain, op, sector, &page);
+        return transfer_page(chain, op, sector, &page, zone);
     }
     let mut memory = data(&chain, op);
     let len = memory.remaining();
     let how = Fill::new(&memory, backend.dma_alignment(), limits.logical_block_size);
     let bounces = how.bounces();
 
-    let bio = if bounces && chain.guard().data().bouncing >= MAX_BOUNCING {
-        None
-    } else {
-        chain.new_bio(op, sector, how.pages(len))
-    };
-    let Some(mut bio) = bio else {
-        chain.discard();
-        return Outcome::NoMemory;
-    };
-    match how.fill(&mut bio, &mut memory) {
-        Ok(()) => (),
+    let bio = match first_bio(&chain, op, sector, &mut memory, how) {
+        Ok(bio) => bio,
         Err(BuildError::Fault) => return complete(chain, Status::IoErr, 0),
         Err(BuildError::NoMemory) => {
             chain.discard();
             return Outcome::NoMemory;
         }
-    }
+    };
 
     let done = bio.len();
     let rest = if done < len || (bounces && op == Op::Read) {
@@ -293,13 +330,16 @@ fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limit
     };
 
     let read_len = if op == Op::Read { len } else { 0 };
-    // Of what is copied, or goes on after its first bios, the worker has more to do.
-    let outcomes = (rest.is_none() && !bounces).then(|| outcomes(read_len));
+    // Of what is copied, goes on after its first bios, or may fail for more reasons, the worker has
+    // more to do.
+    let simple = rest.is_none() && !bounces && matches!(zone, InZone::No);
+    let outcomes = simple.then(|| outcomes(read_len));
     let request = chain.claim(outcomes, |completion| InFlight {
         completion,
         read_len,
         bounces,
         rest,
+        zone,
     });
     let Some((guard, mut request)) = request else {
         return Outcome::Broken;
@@ -311,6 +351,29 @@ fn transfer(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, limits: &Limit
     rest::extend(guard, &mut request);
     request.submit();
     Outcome::Submitted(len)
+}
+
+/// The first bio of a request, filled from `memory`'s cursor on. Context: may sleep.
+///
+/// # Errors
+///
+/// See [`BuildError`]; [`BuildError::NoMemory`] also if too many requests are being bounced.
+pub(super) fn first_bio<'a>(
+    chain: &DescChain<'_, 'a, Queue>,
+    op: Op,
+    sector: u64,
+    memory: &mut UserIter<'_>,
+    how: Fill,
+) -> Result<Bio<'a, Building>, BuildError> {
+    if how.bounces() && chain.guard().data().bouncing >= MAX_BOUNCING {
+        return Err(BuildError::NoMemory);
+    }
+    let pages = how.pages(memory.remaining());
+    let mut bio = chain
+        .new_bio(op, sector, pages)
+        .ok_or(BuildError::NoMemory)?;
+    how.fill(&mut bio, memory)?;
+    Ok(bio)
 }
 
 /// The memory of the chain's data, if it is within one page, and the disk can access it.
@@ -331,6 +394,7 @@ fn transfer_page(
     op: Op,
     sector: u64,
     page: &PageBytes,
+    zone: InZone,
 ) -> Outcome {
     let Some(mut bio) = chain.new_bio(op, sector, 1) else {
         chain.discard();
@@ -340,11 +404,13 @@ fn transfer_page(
         return complete(chain, Status::IoErr, 0);
     }
     let read_len = if op == Op::Read { page.len() } else { 0 };
-    let request = chain.claim(Some(outcomes(read_len)), |completion| InFlight {
+    let outcomes = matches!(zone, InZone::No).then(|| outcomes(read_len));
+    let request = chain.claim(outcomes, |completion| InFlight {
         completion,
         read_len,
         bounces: false,
         rest: None,
+        zone,
     });
     let Some((guard, mut request)) = request else {
         return Outcome::Broken;
@@ -363,7 +429,7 @@ fn outcomes(read_len: usize) -> Outcomes {
 }
 
 /// The memory of the chain's data.
-fn data<'c>(chain: &'c DescChain<'_, '_, Queue>, op: Op) -> UserIter<'c> {
+pub(super) fn data<'c>(chain: &'c DescChain<'_, '_, Queue>, op: Op) -> UserIter<'c> {
     if op == Op::Read {
         chain.writable()
     } else {

@@ -310,6 +310,21 @@ pub(crate) enum Op {
     },
     /// Erases a range for good. Has no data.
     SecureErase,
+    /// Writes at the write pointer of the zone that begins at the bio's sector.
+    ZoneAppend {
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Opens the zone that begins at the bio's sector. Has no data, as the ones below.
+    ZoneOpen,
+    /// Closes it.
+    ZoneClose,
+    /// Makes it full.
+    ZoneFinish,
+    /// Makes it empty.
+    ZoneReset,
+    /// Makes all zones empty.
+    ZoneResetAll,
 }
 
 impl Op {
@@ -323,10 +338,20 @@ impl Op {
             | flag(raw::req_flag_bits___REQ_SYNC)
             | flag(raw::req_flag_bits___REQ_IDLE);
 
+        const FUA: u32 = flag(raw::req_flag_bits___REQ_FUA);
+        const SYNC: u32 = flag(raw::req_flag_bits___REQ_SYNC);
+
         match self {
             Op::Read => raw::req_op_REQ_OP_READ,
             Op::Write { fua: false } => WRITE,
-            Op::Write { fua: true } => WRITE | flag(raw::req_flag_bits___REQ_FUA),
+            Op::Write { fua: true } => WRITE | FUA,
+            Op::ZoneAppend { fua: false } => raw::req_op_REQ_OP_ZONE_APPEND | SYNC,
+            Op::ZoneAppend { fua: true } => raw::req_op_REQ_OP_ZONE_APPEND | SYNC | FUA,
+            Op::ZoneOpen => raw::req_op_REQ_OP_ZONE_OPEN | SYNC,
+            Op::ZoneClose => raw::req_op_REQ_OP_ZONE_CLOSE | SYNC,
+            Op::ZoneFinish => raw::req_op_REQ_OP_ZONE_FINISH | SYNC,
+            Op::ZoneReset => raw::req_op_REQ_OP_ZONE_RESET | SYNC,
+            Op::ZoneResetAll => raw::req_op_REQ_OP_ZONE_RESET_ALL | SYNC,
             // `submit_bio()` refuses `REQ_OP_FLUSH`.
             Op::Flush => WRITE | flag(raw::req_flag_bits___REQ_PREFLUSH),
             Op::Discard => raw::req_op_REQ_OP_DISCARD,
@@ -344,6 +369,10 @@ impl Op {
 pub(crate) enum BioError {
     /// The disk does not do such a thing: `BLK_STS_NOTSUPP`.
     Unsupported,
+    /// Too many zones would be open.
+    OpenZones,
+    /// Too many zones would be open or closed.
+    ActiveZones,
     /// Any other reason.
     Failed,
 }
@@ -650,9 +679,17 @@ impl<'a> Bio<'a, Finished> {
         // SAFETY: By the type invariant the bio is ours.
         match unsafe { (*self.raw.as_ptr()).bi_status } {
             0 => None,
-            BLK_STS_NOTSUPP => Some(BioError::Unsupported),
+            raw::RUST_CONST_HELPER_BLK_STS_NOTSUPP => Some(BioError::Unsupported),
+            raw::RUST_CONST_HELPER_BLK_STS_ZONE_OPEN_RESOURCE => Some(BioError::OpenZones),
+            raw::RUST_CONST_HELPER_BLK_STS_ZONE_ACTIVE_RESOURCE => Some(BioError::ActiveZones),
             _ => Some(BioError::Failed),
         }
+    }
+
+    /// Where it began on the disk. That of a zone append is where its data was written.
+    pub(crate) fn sector(&self) -> u64 {
+        // SAFETY: By the type invariant the bio is ours.
+        unsafe { (*self.raw.as_ptr()).bi_iter.bi_sector }
     }
 
     /// Copies what a read bounced to `memory`, whose cursor moves behind it.
@@ -740,9 +777,6 @@ impl<State> Drop for Bio<'_, State> {
         unsafe { BioRoom::put(self.raw) };
     }
 }
-
-/// `BLK_STS_NOTSUPP` of `include/linux/blk_types.h`, a macro with a cast that bindgen does not evaluate.
-const BLK_STS_NOTSUPP: raw::blk_status_t = 1;
 
 /// `REQ_OP_MASK` of `include/linux/blk_types.h`, an expression that bindgen does not evaluate.
 const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;

@@ -70,11 +70,11 @@ pub(crate) struct Limits {
     pub(crate) nr_zones: u32,
     pub(crate) max_open_zones: u32,
     pub(crate) max_active_zones: u32,
-    pub(crate) max_zone_append_sectors: u32,
     /// No request but a discard or an erase goes across a multiple of this; 0 if any may.
     pub(crate) chunk_sectors: u32,
     /// The first sector of a partition on its disk.
     pub(crate) start_sector: u64,
+    pub(crate) zone_write_granularity: u32,
     pub(crate) write_cache: bool,
     pub(crate) rotational: bool,
 }
@@ -199,10 +199,10 @@ impl BlockDevice {
             nr_zones,
             max_open_zones: limits.max_open_zones,
             max_active_zones: limits.max_active_zones,
-            max_zone_append_sectors: limits.max_zone_append_sectors,
             chunk_sectors: limits.chunk_sectors,
             // SAFETY: The reference to the file keeps the block device alive.
             start_sector: unsafe { (*bdev).bd_start_sect },
+            zone_write_granularity: limits.zone_write_granularity,
             write_cache,
             rotational: limits.features & raw::BLK_FEAT_ROTATIONAL != 0,
         }

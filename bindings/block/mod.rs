@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The block layer: devices, bios and plugs.
+//! The block layer: devices, their zones, bios and plugs.
 
 mod bio;
 mod device;
 mod plug;
 mod submitter;
+mod zone;
 
 pub(crate) use bio::{
     Bio,
@@ -25,3 +26,4 @@ pub(crate) use plug::{
     with_plug, //
 };
 pub(crate) use submitter::Submitter;
+pub(crate) use zone::Zone;

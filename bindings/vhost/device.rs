@@ -202,6 +202,10 @@ impl<T: Operations> Device<T> {
             raw::synchronize_rcu();
             raw::vhost_dev_flush(self.as_raw());
         }
+        // The same goes for whoever did what took long for the last request.
+        for vq in &self.virtqueues {
+            vq.slow().flush();
+        }
         self.forget_misses();
     }
 

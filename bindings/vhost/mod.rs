@@ -13,6 +13,7 @@ mod fetch;
 mod iotlb;
 mod log;
 mod request;
+mod slow;
 mod used_ring;
 mod virtqueue;
 

@@ -171,6 +171,21 @@ impl<R> Slot<R> {
         }
     }
 
+    /// Calls [`Operations::handle_slow`] for the slot's request and submits its bios.
+    ///
+    /// # Safety
+    ///
+    /// The slot's owner must be [`Owner::InFlight`], and the caller the only one to know of it. It is not
+    /// the caller's any more when this returns.
+    pub(super) unsafe fn run_slow<T: Operations<Request = R>>(&self) {
+        // SAFETY: The caller is the only one to know of the slot.
+        if let Some(request) = unsafe { &mut *self.request.get() } {
+            T::handle_slow(request);
+        }
+        // SAFETY: As above; `add()` took only bios on the virtqueue's backend.
+        unsafe { self.bios.submit() };
+    }
+
     /// The slot of a node that [`PendingBios`] put in a list.
     ///
     /// # Safety
@@ -319,6 +334,17 @@ impl<'a, T: Operations> Request<'a, T> {
         slot.pass_to(Owner::InFlight);
         // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.
         unsafe { slot.bios.submit_by(submitter) };
+    }
+
+    /// Has [`Operations::handle_slow`] called for it in a context of its own, and submits its bios, if
+    /// it has any, after that.
+    pub(crate) fn submit_slow(self) {
+        let vq = self.vq;
+        let slot = self.into_slot();
+        slot.pass_to(Owner::InFlight);
+        // SAFETY: The object is given up and the slot in flight: it is `slow`'s until it calls back. Slots
+        // stay, and the virtqueue with them, until none has an owner.
+        unsafe { vq.slow().queue(slot.bios.node()) };
     }
 
     /// Ends the request and frees its slot.

@@ -36,6 +36,7 @@ use super::{
         Request,
         Slot, //
     },
+    slow::SlowWork,
     used_ring::{
         EventFd,
         Layout,
@@ -117,6 +118,12 @@ pub(crate) trait Operations: Sized + Send + 'static {
     ///
     /// Context: process context in the owner's address space; may sleep.
     fn handle_completion_work(vq: &Virtqueue<Self>, turn: &Turn);
+
+    /// Does what takes long for a request that [`Request::submit_slow`] was called for. It is not
+    /// accessible to anybody else meanwhile.
+    ///
+    /// Context: a kernel thread, not in the owner's address space; may sleep, without any lock.
+    fn handle_slow(request: &mut Self::Request);
 }
 
 /// What the mutex of a virtqueue protects.
@@ -182,6 +189,8 @@ pub(crate) struct Virtqueue<T: Operations> {
     completions: CompletionList,
     #[pin]
     bios: BioSet,
+    #[pin]
+    slow: SlowWork,
     wanted: Wanted,
     inner: UnsafeCell<Inner<T>>,
 }
@@ -221,6 +230,7 @@ impl<T: Operations> Virtqueue<T> {
                 CompletionList::new(this.as_ptr().cast(), Self::completion_callback)
             },
             bios <- BioSet::new(),
+            slow <- SlowWork::new(Self::slow_callback),
             wanted: Wanted::new(),
             inner: UnsafeCell::new(Inner {
                 data,
@@ -290,6 +300,29 @@ impl<T: Operations> Virtqueue<T> {
         T::handle_completion_work(vq, &turn);
     }
 
+    /// Called in a kernel thread when requests have something to do that takes long.
+    ///
+    /// # Safety
+    ///
+    /// Only for the workqueue, with the work of the `slow` of a `Virtqueue<T>`.
+    unsafe extern "C" fn slow_callback(work: *mut raw::work_struct) {
+        // SAFETY: The caller promises what the work is part of; whoever frees that flushes the work before.
+        let vq = unsafe {
+            let slow = SlowWork::from_work(work);
+            &*kernel::container_of!(slow, Self, slow)
+        };
+        let mut node = vq.slow.take_all();
+        while !node.is_null() {
+            // SAFETY: The list holds nodes of slots of this virtqueue that are in flight and nobody
+            // else's. Each is read before its slot is handed over.
+            unsafe {
+                let slot = Slot::<T::Request>::from_node(node);
+                node = (*node).next;
+                slot.run_slow::<T>();
+            }
+        }
+    }
+
     /// Takes the virtqueue's mutex. Context: may sleep.
     ///
     /// Requests that complete meanwhile are looked for when the guard is dropped.
@@ -319,6 +352,11 @@ impl<T: Operations> Virtqueue<T> {
     /// The list of completed requests.
     pub(super) fn completions(&self) -> &CompletionList {
         &self.completions
+    }
+
+    /// What requests have to do that takes long.
+    pub(super) fn slow(&self) -> &SlowWork {
+        &self.slow
     }
 
     /// Who wants the mutex, so that nobody polls meanwhile.
@@ -714,6 +752,11 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     #[inline]
     pub(crate) fn backend(&self) -> Option<&BlockDevice> {
         self.inner().backend.as_deref()
+    }
+
+    /// The backend as [`VirtqueueGuard::backend`], for a request to keep.
+    pub(crate) fn share_backend(&self) -> Option<Arc<BlockDevice>> {
+        self.inner().backend.clone()
     }
 
     /// Lets the worker look at the ring, as if the guest had kicked.

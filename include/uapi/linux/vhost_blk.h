@@ -67,20 +67,24 @@
  * @max_sectors: largest I/O that the disk takes unsplit, sectors
  * @max_segments: largest count of segments that the disk takes unsplit
  * @dma_alignment: mask of the address bits that must be 0 for DMA
- * @max_discard_sectors: 0 if the disk cannot discard
+ * @max_discard_sectors: 0 if the disk cannot discard, or is zoned
  * @discard_granularity: bytes
- * @max_write_zeroes_sectors: 0 if the disk has no write-zeroes command
- * @max_secure_erase_sectors: 0 if the disk cannot erase
+ * @max_write_zeroes_sectors: 0 if the disk has no write-zeroes command, or is
+ *	zoned
+ * @max_secure_erase_sectors: 0 if the disk cannot erase, or is zoned
  * @zone_sectors: 0 if the disk is not zoned
  * @max_open_zones: 0 for no limit
  * @max_active_zones: 0 for no limit
- * @max_zone_append_sectors: 0 if the disk is not zoned
+ * @max_zone_append_sectors: largest VIRTIO_BLK_T_ZONE_APPEND that the device
+ *	takes; 0 if the disk is not zoned
  * @nr_zones: 0 if the disk is not zoned
  * @device_bytes: memory of an open device, bytes, without its virtqueues
  * @queue_bytes: memory of each of its virtqueues, bytes, the vhost core's
  *	buffers for an owner included, without request slots
  * @slot_bytes: memory of each request slot, bytes; a ring has as many slots
  *	as descriptors, from the start of the backend to its stop
+ * @zone_write_granularity: bytes; 0 if the disk is not zoned
+ * @reserved32: 0
  * @reserved: 0
  */
 struct vhost_blk_info {
@@ -112,7 +116,9 @@ struct vhost_blk_info {
 	__u32	device_bytes;
 	__u32	queue_bytes;
 	__u32	slot_bytes;
-	__u64	reserved[4];
+	__u32	zone_write_granularity;
+	__u32	reserved32;
+	__u64	reserved[3];
 };
 
 /* Ask for the limits of the device and of a backend. Needs no owner. */

@@ -21,6 +21,9 @@ mod transfer;
 #[cfg(test)]
 #[path = "../../../driver/window.rs"]
 mod window;
+#[cfg(test)]
+#[path = "../../../driver/zone_request.rs"]
+mod zone_request;
 
 #[cfg(test)]
 mod descriptors_tests;
@@ -32,3 +35,5 @@ mod segment_tests;
 mod transfer_tests;
 #[cfg(test)]
 mod window_tests;
+#[cfg(test)]
+mod zone_request_tests;

@@ -27,6 +27,7 @@ const DISK: Limits = Limits {
     logical_block_size: 512,
     read_only: false,
     features: u64::MAX,
+    zones: None,
 };
 
 /// The same with blocks of eight sectors.
@@ -253,6 +254,7 @@ fn limits() -> impl Strategy<Value = Limits> {
             logical_block_size: 1 << shift,
             read_only,
             features,
+            zones: None,
         },
     )
 }
@@ -312,6 +314,7 @@ proptest! {
             Ok(Request::Out { len, .. }) => prop_assert_eq!(len, readable),
             Ok(Request::Ranges { count, .. }) => prop_assert_eq!(16 * count as u64, readable),
             Ok(Request::Flush | Request::GetId) => {}
+            Ok(Request::Zone(zone)) => prop_assert!(false, "{:?} of a disk without", zone),
             Err(status) => prop_assert_ne!(status, Status::Ok),
         }
     }

@@ -15,6 +15,7 @@ const DISK: Limits = Limits {
     logical_block_size: 512,
     read_only: false,
     features: u64::MAX,
+    zones: None,
 };
 
 fn bytes(sector: u64, sectors: u32, flags: u32) -> [u8; SEGMENT_LEN] {
