@@ -62,13 +62,14 @@ class NullBlk(Disk):
     FUA then, so that the kernel flushes after each write with it. queues: with more than one, those for polling
     included, a processor completes what it has submitted itself without a
     softirq even with irqmode=1; with one there is none for polling.
-    discard: whether it can; memory_backed only.
+    discard: whether it can; memory_backed only. more: other attributes, such as
+    those of zones.
     """
 
     count = 0
 
     def __init__(self, size=64, block_size=512, irqmode=0, nsec=10000, memory_backed=1,
-                 queues=2, cache=0, discard=0):
+                 queues=2, cache=0, discard=0, **more):
         if not os.path.isdir("/sys/kernel/config/nullb"):
             sh("modprobe", "null_blk", "nr_devices=0")
             if not os.path.ismount("/sys/kernel/config"):
@@ -88,6 +89,8 @@ class NullBlk(Disk):
             write(f"{self.folder}/cache_size", cache)
             write(f"{self.folder}/fua", 0)
         write(f"{self.folder}/discard", discard)
+        for attribute, value in more.items():
+            write(f"{self.folder}/{attribute}", value)
         if queues == 1:
             write(f"{self.folder}/poll_queues", 0)
         write(f"{self.folder}/power", 1)

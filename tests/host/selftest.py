@@ -108,6 +108,18 @@ def selftest():
                      "--slow-disk", slow.path, "--bad-disk", bad.path, "--folder", folder.path)
 
 
+def zoned(**disk):
+    """A test of zoned disks; with zone_append_max_sectors=0 the block layer does the appends."""
+    def run():
+        load()
+        with Brd() as other, NullBlk(zoned=1, zone_size=4, zone_capacity=3, zone_nr_conv=3,
+                                     zone_max_open=3, zone_max_active=5, **disk) as zoned_disk:
+            ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", other.path,
+                         "--zoned-disk", zoned_disk.path, "--only=zones.")
+            ktap.program(OPTIONS.tool, "exercise", "--ktap", "--disk", zoned_disk.path)
+    return run
+
+
 def later():
     """Requests, completed in an interrupt."""
     load(*DIRECT)
@@ -253,6 +265,8 @@ TESTS = [
     Test("the module is loaded and unloaded 10 times", test_reload, prints=20),
     Test("the module is loaded for what follows", load, prints=1),
     Test("the ioctl interface, and known defects of an earlier driver", selftest),
+    Test("zoned disks", zoned(irqmode=2)),
+    Test("zoned disks, with appends made of writes", zoned(zone_append_max_sectors=0)),
     Test("rings and eventfds moved, on a disk that completes later",
          placement("rings_moved_under_load", "late_call")),
     specification,

@@ -9,9 +9,13 @@
 //! the device wrote anywhere that it should not have.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE,
+    VIRTIO_BLK_S_ZONE_INVALID_CMD, VIRTIO_BLK_S_ZONE_OPEN_RESOURCE, VIRTIO_BLK_S_ZONE_UNALIGNED_WP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_SECURE_ERASE, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_ZONE_APPEND, VIRTIO_BLK_T_ZONE_CLOSE, VIRTIO_BLK_T_ZONE_FINISH,
+    VIRTIO_BLK_T_ZONE_OPEN, VIRTIO_BLK_T_ZONE_REPORT, VIRTIO_BLK_T_ZONE_RESET,
+    VIRTIO_BLK_T_ZONE_RESET_ALL, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::error::{Error, Result};
@@ -22,6 +26,9 @@ use crate::ring::{Segment, Table, Used};
 pub const HEADER_LEN: usize = 16;
 /// Size of a sector, bytes: the unit of [`Request::sector`].
 pub const SECTOR_SIZE: usize = 512;
+
+/// Length of a zone's descriptor, and of the header of a report, bytes.
+pub const ZONE_LEN: usize = 64;
 
 /// What guard bytes are.
 const GUARD: u8 = 0xc5;
@@ -47,6 +54,20 @@ pub enum Kind {
     WriteZeroes,
     /// `VIRTIO_BLK_T_SECURE_ERASE`
     SecureErase,
+    /// `VIRTIO_BLK_T_ZONE_APPEND`
+    ZoneAppend,
+    /// `VIRTIO_BLK_T_ZONE_REPORT`
+    ZoneReport,
+    /// `VIRTIO_BLK_T_ZONE_OPEN`
+    ZoneOpen,
+    /// `VIRTIO_BLK_T_ZONE_CLOSE`
+    ZoneClose,
+    /// `VIRTIO_BLK_T_ZONE_FINISH`
+    ZoneFinish,
+    /// `VIRTIO_BLK_T_ZONE_RESET`
+    ZoneReset,
+    /// `VIRTIO_BLK_T_ZONE_RESET_ALL`
+    ZoneResetAll,
     /// Any number.
     Other(u32),
 }
@@ -62,6 +83,13 @@ impl Kind {
             Kind::Discard => VIRTIO_BLK_T_DISCARD,
             Kind::WriteZeroes => VIRTIO_BLK_T_WRITE_ZEROES,
             Kind::SecureErase => VIRTIO_BLK_T_SECURE_ERASE,
+            Kind::ZoneAppend => VIRTIO_BLK_T_ZONE_APPEND,
+            Kind::ZoneReport => VIRTIO_BLK_T_ZONE_REPORT,
+            Kind::ZoneOpen => VIRTIO_BLK_T_ZONE_OPEN,
+            Kind::ZoneClose => VIRTIO_BLK_T_ZONE_CLOSE,
+            Kind::ZoneFinish => VIRTIO_BLK_T_ZONE_FINISH,
+            Kind::ZoneReset => VIRTIO_BLK_T_ZONE_RESET,
+            Kind::ZoneResetAll => VIRTIO_BLK_T_ZONE_RESET_ALL,
             Kind::Other(number) => number,
         }
     }
@@ -111,6 +139,14 @@ pub enum Status {
     IoErr,
     /// `VIRTIO_BLK_S_UNSUPP`
     Unsupported,
+    /// `VIRTIO_BLK_S_ZONE_INVALID_CMD`
+    ZoneInvalidCommand,
+    /// `VIRTIO_BLK_S_ZONE_UNALIGNED_WP`
+    ZoneUnalignedWritePointer,
+    /// `VIRTIO_BLK_S_ZONE_OPEN_RESOURCE`
+    ZoneOpenResource,
+    /// `VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE`
+    ZoneActiveResource,
     /// The device did not write it.
     Unwritten,
     /// Any other byte.
@@ -123,6 +159,10 @@ impl From<u8> for Status {
             VIRTIO_BLK_S_OK => Status::Ok,
             VIRTIO_BLK_S_IOERR => Status::IoErr,
             VIRTIO_BLK_S_UNSUPP => Status::Unsupported,
+            VIRTIO_BLK_S_ZONE_INVALID_CMD => Status::ZoneInvalidCommand,
+            VIRTIO_BLK_S_ZONE_UNALIGNED_WP => Status::ZoneUnalignedWritePointer,
+            VIRTIO_BLK_S_ZONE_OPEN_RESOURCE => Status::ZoneOpenResource,
+            VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE => Status::ZoneActiveResource,
             _ if byte == UNWRITTEN => Status::Unwritten,
             _ => Status::Other(byte),
         }
@@ -191,6 +231,27 @@ impl Request {
             out.extend(range.flags.to_le_bytes());
         }
         Self::new(kind, 0, out, 0)
+    }
+
+    /// Writes `data` at the write pointer of the zone that begins at `sector`. The device returns
+    /// where that was: [`Completion::appended_at`].
+    pub fn zone_append(sector: u64, data: Vec<u8>) -> Self {
+        Self::new(Kind::ZoneAppend, sector, data, 8)
+    }
+
+    /// Asks for up to `zones` zones, from that of `sector` on: [`Completion::zones`].
+    pub fn zone_report(sector: u64, zones: usize) -> Self {
+        Self::new(
+            Kind::ZoneReport,
+            sector,
+            Vec::new(),
+            ZONE_LEN + zones * ZONE_LEN,
+        )
+    }
+
+    /// Does something with the zone that begins at `sector`, or with all.
+    pub fn zone(kind: Kind, sector: u64) -> Self {
+        Self::new(kind, sector, Vec::new(), 0)
     }
 
     /// Any type, with any data either way.
@@ -525,6 +586,40 @@ pub struct Completion {
     pub stray_write: Option<usize>,
 }
 
+/// A zone, as the device or the host reports it. All positions are in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zone {
+    /// Where it begins.
+    pub start: u64,
+    /// How much of it can be written.
+    pub capacity: u64,
+    /// Where it is written next. Without meaning for zones that are not.
+    pub write_pointer: u64,
+    /// `VIRTIO_BLK_ZT_*`, or `BLK_ZONE_TYPE_*`, which are the same.
+    pub kind: u8,
+    /// `VIRTIO_BLK_ZS_*`, or `BLK_ZONE_COND_*`, which are the same.
+    pub state: u8,
+}
+
+impl Zone {
+    /// From `struct virtio_blk_zone_descriptor`.
+    fn from_descriptor(bytes: &[u8]) -> Self {
+        Zone {
+            capacity: number(bytes, 0),
+            start: number(bytes, 8),
+            write_pointer: number(bytes, 16),
+            kind: bytes[24],
+            state: bytes[25],
+        }
+    }
+}
+
+fn number(bytes: &[u8], at: usize) -> u64 {
+    let mut number = [0; 8];
+    number.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(number)
+}
+
 impl Completion {
     /// How many of the bytes that [`used_len`](Self::used_len) covers are as they were before: none,
     /// if what the device wrote looks different, as zeroes and letters do.
@@ -533,6 +628,19 @@ impl Completion {
         let data = self.data.iter().take(claimed);
         let status = claimed > self.data.len() && self.status == Status::Unwritten;
         data.filter(|&&byte| byte == FILL).count() + usize::from(status)
+    }
+
+    /// Where a zone append wrote, in sectors; `None` if there is no room for that in the request.
+    pub fn appended_at(&self) -> Option<u64> {
+        (self.data.len() >= 8).then(|| number(&self.data, 0))
+    }
+
+    /// The zones of a report; `None` if it says that there are more than there is room for.
+    pub fn zones(&self) -> Option<Vec<Zone>> {
+        let (header, zones) = self.data.split_at_checked(ZONE_LEN)?;
+        let count = usize::try_from(number(header, 0)).ok()?;
+        let zones = zones.chunks_exact(ZONE_LEN).map(Zone::from_descriptor);
+        (count <= zones.len()).then(|| zones.take(count).collect())
     }
 }
 
@@ -697,13 +805,48 @@ mod tests {
     }
 
     #[test]
+    fn zones_are_read() {
+        let memory = Memory::new(1 << 20).expect("1 MiB");
+        let report = Prepared::new(&memory, Request::zone_report(0, 2), &Shape::default());
+        let mut done = report
+            .and_then(|report| report.complete(Used { head: 0, len: 0 }))
+            .expect("room");
+        assert_eq!(done.data.len(), 3 * ZONE_LEN);
+        // Filled with what is no count.
+        assert_eq!(done.zones(), None);
+        done.data.fill(0);
+        assert_eq!(done.zones(), Some(vec![]));
+        done.data[0] = 1;
+        for (at, byte) in [(64, 1), (72, 2), (81, 3), (88, 4), (89, 5), (128, 9)] {
+            done.data[at] = byte;
+        }
+        let zone = Zone {
+            start: 2,
+            capacity: 1,
+            write_pointer: 0x300,
+            kind: 4,
+            state: 5,
+        };
+        assert_eq!(done.zones(), Some(vec![zone]));
+        done.data[0] = 3;
+        assert_eq!(done.zones(), None);
+        assert_eq!(done.appended_at(), Some(3));
+        done.data.truncate(7);
+        assert_eq!((done.appended_at(), done.zones()), (None, None));
+    }
+
+    #[test]
     fn statuses_have_names() {
-        let all = [0, 1, 2, 3, UNWRITTEN].map(Status::from);
+        let all = [0, 1, 2, 3, 4, 5, 6, 7, UNWRITTEN].map(Status::from);
         let names = [
             Status::Ok,
             Status::IoErr,
             Status::Unsupported,
-            Status::Other(3),
+            Status::ZoneInvalidCommand,
+            Status::ZoneUnalignedWritePointer,
+            Status::ZoneOpenResource,
+            Status::ZoneActiveResource,
+            Status::Other(7),
             Status::Unwritten,
         ];
         assert_eq!(all, names);

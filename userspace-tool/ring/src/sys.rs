@@ -21,6 +21,7 @@ use crate::device::RawArg;
 use crate::driver::Op;
 use crate::error::{Error, Result};
 use crate::memory::{PAGE_SIZE, Protection};
+use crate::request::Zone;
 use crate::uapi::{Info, VHOST_BLK_GET_INFO, VHOST_BLK_SERIAL_LEN, VringWorker, WorkerState};
 
 /// Arguments of ioctls that the kernel may fill with any bytes.
@@ -88,6 +89,58 @@ pub(crate) fn get_info(fd: &File, of: c_int) -> io::Result<Info> {
     // kernel accesses no more than that. All its members are integers.
     result(unsafe { ioctl_with_mut_ref(fd, VHOST_BLK_GET_INFO, &mut info) })?;
     Ok(info)
+}
+
+/// Most zones that [`report_zones`] asks for.
+const MAX_ZONES: usize = 256;
+
+/// `struct blk_zone_report` of `<linux/blkzoned.h>`, with room for zones.
+#[repr(C)]
+struct ZoneReport {
+    sector: u64,
+    nr_zones: u32,
+    flags: u32,
+    /// `struct blk_zone`, 64 bytes each.
+    zones: [[u64; 8]; MAX_ZONES],
+}
+
+/// Asks a zoned disk of the host for up to 256 zones, from that of `sector` on.
+///
+/// # Errors
+///
+/// Those of `BLKREPORTZONE`.
+pub fn report_zones(disk: &File, sector: u64) -> io::Result<Vec<Zone>> {
+    /// `_IOWR(0x12, 130, struct blk_zone_report)`, which is 16 bytes without the zones.
+    const BLKREPORTZONE: c_ulong = 0xc010_1282;
+
+    let mut report = Box::new(ZoneReport {
+        sector,
+        nr_zones: MAX_ZONES as c_uint,
+        flags: 0,
+        zones: [[0; 8]; MAX_ZONES],
+    });
+    // SAFETY: The kernel reads and writes the 16 bytes of the header, and up to `nr_zones` zones of 64 bytes
+    // behind it, for which there is room. All members are integers.
+    result(unsafe { ioctl_with_mut_ref(disk, BLKREPORTZONE, &mut *report) })?;
+    let zones = report.zones.iter().take(report.nr_zones as usize);
+    Ok(zones
+        .map(|zone| {
+            let [kind, state, ..] = zone[3].to_ne_bytes();
+            // The capacity is there if the flag says so, as it does since Linux 5.9.
+            let capacity = if report.flags & 1 != 0 {
+                zone[4]
+            } else {
+                zone[1]
+            };
+            Zone {
+                start: zone[0],
+                capacity,
+                write_pointer: zone[2],
+                kind,
+                state,
+            }
+        })
+        .collect())
 }
 
 /// Size of the memory that an argument of [`raw`] stands in, bytes. No ioctl of

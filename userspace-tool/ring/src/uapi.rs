@@ -146,7 +146,7 @@ pub struct Info {
     pub max_open_zones: u32,
     /// 0 for no limit.
     pub max_active_zones: u32,
-    /// 0 if the disk is not zoned.
+    /// Largest zone append that the device takes; 0 if the disk is not zoned.
     pub max_zone_append_sectors: u32,
     /// 0 if the disk is not zoned.
     pub nr_zones: u32,
@@ -156,8 +156,12 @@ pub struct Info {
     pub queue_bytes: u32,
     /// Memory of each request slot, bytes.
     pub slot_bytes: u32,
+    /// Bytes; 0 if the disk is not zoned.
+    pub zone_write_granularity: u32,
     /// 0
-    pub reserved: [u64; 4],
+    pub reserved32: u32,
+    /// 0
+    pub reserved: [u64; 3],
 }
 
 /// Feature bits that this crate uses by name, as masks.

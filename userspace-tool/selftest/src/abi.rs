@@ -941,7 +941,7 @@ fn info_limits(context: &Context) -> Result<()> {
         "capabilities {:#x}",
         info.capabilities
     );
-    ensure!(info.reserved == [0; 4], "reserved: {:?}", info.reserved);
+    ensure!(info.reserved == [0; 3], "reserved: {:?}", info.reserved);
     Ok(())
 }
 

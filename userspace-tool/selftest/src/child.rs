@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 use crate::context::Context;
-use crate::{abi, dirty_log, lifecycle};
+use crate::{abi, dirty_log, lifecycle, zones};
 
 /// Plays a part, with what it works on as standard input.
 pub(crate) fn play(context: &Context, part: &str) -> ExitCode {
@@ -32,6 +32,7 @@ fn try_play(context: &Context, part: &str) -> Result<()> {
         }
         "log_of_another" => dirty_log::of_another(input()?),
         "hold" => lifecycle::hold(input()?),
+        "zones" => zones::report_until_killed(context),
         busy if busy.starts_with("busy_") => lifecycle::busy_until_killed(context, busy),
         _ => bail!("no part {part}"),
     }

@@ -78,6 +78,7 @@ pub(crate) struct Context {
     disk: PathBuf,
     slow_disk: Option<PathBuf>,
     bad_disk: Option<PathBuf>,
+    zoned_disk: Option<PathBuf>,
     folder: Option<PathBuf>,
     event: Option<Event>,
     poll_us: u32,
@@ -89,6 +90,7 @@ impl Context {
         disk: PathBuf,
         slow_disk: Option<PathBuf>,
         bad_disk: Option<PathBuf>,
+        zoned_disk: Option<PathBuf>,
         folder: Option<PathBuf>,
         event: Option<Event>,
         poll_us: u32,
@@ -98,6 +100,7 @@ impl Context {
             disk,
             slow_disk,
             bad_disk,
+            zoned_disk,
             folder,
             event,
             poll_us,
@@ -191,6 +194,19 @@ impl Context {
         }
     }
 
+    /// Path of the zoned disk. Without one, the test is skipped.
+    pub(crate) fn zoned_disk_path(&self) -> Result<&Path> {
+        match &self.zoned_disk {
+            Some(path) => Ok(path),
+            None => skip("needs --zoned-disk"),
+        }
+    }
+
+    /// The zoned disk, for a backend.
+    pub(crate) fn zoned_disk(&self) -> Result<File> {
+        disk::open(self.zoned_disk_path()?, true, true)
+    }
+
     /// A folder on a filesystem that has a disk. Without one, the test is skipped.
     pub(crate) fn folder(&self) -> Result<&Path> {
         match &self.folder {
@@ -242,6 +258,9 @@ impl Context {
         }
         if let Some(bad_disk) = &self.bad_disk {
             command.arg("--bad-disk").arg(bad_disk);
+        }
+        if let Some(zoned_disk) = &self.zoned_disk {
+            command.arg("--zoned-disk").arg(zoned_disk);
         }
         if let Some(folder) = &self.folder {
             command.arg("--folder").arg(folder);

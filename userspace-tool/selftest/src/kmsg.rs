@@ -14,6 +14,14 @@ const UNRELATED: &[(&str, &str)] = &[
     ("hrtimer: interrupt took", "the emulated host is slow"),
     ("perf: interrupt took too long", "the emulated host is slow"),
     ("random: crng init done", "the host has just booted"),
+    (
+        "open zones exceeded error, dev",
+        "only the disk counts them: the block layer tells of it, a few times",
+    ),
+    (
+        "active zones exceeded error, dev",
+        "only the disk counts them: the block layer tells of it, a few times",
+    ),
 ];
 
 /// The kernel's log, from now on.

@@ -23,6 +23,7 @@ mod request_defects;
 mod requests;
 mod ring_defects;
 mod runner;
+mod zones;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -59,6 +60,11 @@ struct Args {
     /// and dm-error), 4 MiB or more, overwritten; without it some tests are skipped
     #[arg(long, value_name = "DISK")]
     bad_disk: Option<PathBuf>,
+    /// A zoned disk with a limit of open and one of active zones, at least two conventional zones and
+    /// eight sequential ones, whose capacity is below their size, overwritten; without it some tests
+    /// are skipped
+    #[arg(long, value_name = "DISK")]
+    zoned_disk: Option<PathBuf>,
     /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
@@ -102,6 +108,7 @@ fn tests() -> Vec<&'static Test> {
         iotlb::TESTS,
         events::TESTS,
         ranges::TESTS,
+        zones::TESTS,
     ]
     .into_iter()
     .flatten()
@@ -136,6 +143,7 @@ fn main() -> ExitCode {
         disk,
         args.slow_disk,
         args.bad_disk,
+        args.zoned_disk,
         args.folder,
         event,
         args.poll_us,

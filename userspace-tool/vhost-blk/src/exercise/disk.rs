@@ -71,6 +71,12 @@ impl Disk {
                 disk.block
             );
         }
+        if write && disk.is_zoned() {
+            bail!(
+                "{shown} is zoned: what the checks write would need its zones to be reset (test \
+                 without --write, and with 'selftest --zoned-disk')"
+            );
+        }
         if write && disk.read_only {
             bail!("{shown} is read-only");
         }

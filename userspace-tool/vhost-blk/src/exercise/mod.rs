@@ -18,6 +18,7 @@ mod report;
 pub(crate) mod shapes;
 mod stopping;
 mod writing;
+mod zones;
 
 use std::io;
 use std::path::Path;
@@ -34,6 +35,7 @@ use report::Report;
 /// All checks, in the order in which they run.
 const CHECKS: &[&[Check]] = &[
     id::CHECKS,
+    zones::CHECKS,
     reading::CHECKS,
     layout::CHECKS,
     notify::CHECKS,
