@@ -151,7 +151,8 @@ const OFFERED: u64 = feature::NOTIFY_ON_EMPTY
     | feature::MQ
     | feature::DISCARD
     | feature::WRITE_ZEROES
-    | feature::SECURE_ERASE;
+    | feature::SECURE_ERASE
+    | feature::ZONED;
 
 fn number(request: u64) -> Result<u32> {
     Ok(u32::try_from(request)?)
