@@ -15,6 +15,7 @@ import devices
 import discard
 import ktap
 import life
+import migration
 import viommu
 from disks import Brd, NullBlk, ScsiDebug, sh
 from ktap import say
@@ -62,6 +63,7 @@ class Rig:
         """Print the end of what the guest and QEMU have printed."""
         if self.guest:
             self.guest.explain()
+        migration.explain()
 
     def close(self):
         """End the guest and remove the disks."""
@@ -342,13 +344,15 @@ def main():
     if options.module:
         sh("modprobe", "vhost")
         sh("insmod", options.module)
-    devices.OPTIONS = discard.OPTIONS = life.OPTIONS = viommu.OPTIONS = options
+    devices.OPTIONS = discard.OPTIONS = life.OPTIONS = migration.OPTIONS = viommu.OPTIONS = options
     tests = (TESTS if options.device == "virtio-blk-pci"
-             else devices.TESTS + discard.TESTS + viommu.TESTS + life.TESTS + TESTS)
+             else (devices.TESTS + discard.TESTS + viommu.TESTS + life.TESTS + migration.TESTS
+                   + TESTS))
     RIG = Rig(options)
     try:
         return ktap.run(tests, options, lambda: (life.LIFE.explain(), RIG.explain()))
     finally:
+        migration.close()
         life.LIFE.close()
         RIG.close()
 

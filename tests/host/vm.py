@@ -133,15 +133,16 @@ class Guest:
             self.wait_ready(timeout)
         return self
 
-    def launch(self):
-        """Start QEMU, without waiting for the guest."""
+    def launch(self, *args):
+        """Start QEMU, with further arguments, without waiting for the guest."""
         for name in ("qmp", "agent", "shell"):
             if os.path.exists(f"{self.dir}/{name}"):
                 os.unlink(f"{self.dir}/{name}")
         self.events, self.replies = [], []
         with open(f"{self.dir}/qemu.log", "ab") as log:
-            self.process = subprocess.Popen(self.command_line(), stdin=subprocess.DEVNULL,
-                                            stdout=log, stderr=log, pass_fds=self.pass_fds)
+            self.process = subprocess.Popen(self.command_line() + list(args),
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            pass_fds=self.pass_fds)
         try:
             self.monitor = Channel(f"{self.dir}/qmp", 30)
             self.agent = Channel(f"{self.dir}/agent", 30)
