@@ -78,9 +78,9 @@ class Test:
         self.long = long
 
 
-def test(function):
+def test(function, **options):
     """A test from a function whose docstring's first line is its name."""
-    return Test(function.__doc__.splitlines()[0].rstrip("."), function)
+    return Test(function.__doc__.splitlines()[0].rstrip("."), function, **options)
 
 
 def add_options(parser):
