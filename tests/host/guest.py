@@ -36,7 +36,7 @@ class Rig:
     def start(self):
         """The guest; started again if the test before broke it."""
         if not self.guest:
-            for make in (lambda: NullBlk(160, 512, irqmode=2), lambda: ScsiDebug(320, 4096),
+            for make in (lambda: NullBlk(160, 512, irqmode=2), lambda: ScsiDebug(size=320, block_size=4096),
                          lambda: Brd(64)):
                 self.disks.append(make())
             self.guest = Guest("guest", self.options.qemu, self.options.work,
