@@ -304,7 +304,12 @@ pub(super) fn resume(
             request.fail();
         }
     }
-    let count = add_bios(guard, &mut request, 0);
+    // What has failed by then gets no more bios.
+    let count = if request.failed() {
+        0
+    } else {
+        add_bios(guard, &mut request, 0)
+    };
     let rest = request.data().rest.as_mut();
     let waits = count == 0 && rest.is_some_and(|rest| !rest.is_submitted());
     // With no bio, but a failure or nothing left to do, it is submitted too: that completes it.
