@@ -55,7 +55,7 @@ make_guest() {
 	initrd=$(in_tree "$top/tests/guest/mkinitramfs" "$cache/guest" "$1") || return
 	# The command line is the one of tests/host/vm.py.
 	boot_disk=$(in_tree "$top/tests/guest/mkbootdisk" "$cache/guest" "$1" "$initrd" \
-		"console=ttyS0 loglevel=5 nokaslr panic=-1 nohz=on") || return
+		"console=ttyS0 loglevel=5 nokaslr panic=-1 nohz=on tsc=nowatchdog") || return
 	[[ -s $initrd && -s $boot_disk ]]
 }
 
