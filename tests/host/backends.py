@@ -138,10 +138,10 @@ TESTS = [
     Test("an NVMe disk (nvme-loop) is disconnected with requests in flight, and connected again",
          disconnected("loop")),
     Test("an NVMe disk (TCP) is disconnected with requests in flight, and connected again",
-         disconnected("tcp")),
+         disconnected("tcp"), long=True),
     test_error_table,
     test_suspended,
     test_set_read_only,
     test_resized,
-    test_table_resized,
+    ktap.test(test_table_resized, long=True),
 ]

@@ -289,7 +289,7 @@ TESTS = [
     Test("exercise: scsi_debug, 4096-byte blocks",
          exercise(lambda: ScsiDebug(block_size=4096), *TASK)),
     Test("exercise: null_blk irqmode=2, through a device IOTLB that loses translations",
-         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB)),
+         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB), long=True),
     test_read_only,
     *backends.TESTS,
     *cgroups.TESTS,
