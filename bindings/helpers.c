@@ -190,11 +190,6 @@ bool rust_helper_need_resched_lazy(void)
 	return test_thread_flag(TIF_NEED_RESCHED_LAZY);
 }
 
-bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit)
-{
-	return vhost_has_feature(vq, bit);
-}
-
 bool rust_helper_vhost_is_little_endian(struct vhost_virtqueue *vq)
 {
 	return vhost_is_little_endian(vq);

@@ -53,7 +53,6 @@ u64 rust_helper_local_clock(void);
 bool rust_helper_need_resched(void);
 bool rust_helper_need_resched_lazy(void);
 
-bool rust_helper_vhost_has_feature(struct vhost_virtqueue *vq, int bit);
 bool rust_helper_vhost_is_little_endian(struct vhost_virtqueue *vq);
 
 #endif /* VHOST_BLK_HELPERS_H */

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 
-import ktap
 from disks import Mapped, NullBlk, sh, write
 from ktap import Test, say
 
