@@ -39,9 +39,20 @@ sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev)
 	return bdev_zone_sectors(bdev);
 }
 
-struct queue_limits *rust_helper_bdev_limits(struct block_device *bdev)
+bool rust_helper_bdev_is_zoned(struct block_device *bdev)
 {
-	return &bdev_get_queue(bdev)->limits;
+	return bdev_is_zoned(bdev);
+}
+
+/* A copy: they may change, and Rust has no references to what changes. */
+void rust_helper_bdev_limits(struct block_device *bdev, struct queue_limits *to)
+{
+	*to = bdev_get_queue(bdev)->limits;
+}
+
+bool rust_helper_bdev_zone_writes_queue(struct block_device *bdev)
+{
+	return blk_queue_zoned_qd1_writes(bdev_get_queue(bdev));
 }
 
 /*

@@ -108,6 +108,7 @@ pub(super) fn limits(backend: &BlockDevice) -> Option<Limits> {
         zone_sectors: limits.zone_sectors,
         max_append_sectors: max_append_sectors(backend),
         write_granularity: limits.write_granularity,
+        writes_queue: limits.writes_queue,
     })
 }
 

@@ -46,6 +46,8 @@ pub(crate) struct Limits {
     pub(crate) max_append_sectors: u32,
     /// Bytes of the unit in which sequential zones are written.
     pub(crate) write_granularity: u32,
+    /// An empty zone may have writes in flight.
+    pub(crate) writes_queue: bool,
 }
 
 /// Most sectors of a zone append to a disk that takes `disk` sectors and `max_segments` in one bio, which may
@@ -267,7 +269,7 @@ impl Zone {
     /// on.
     ///
     /// Writes that are in flight count as written or not: what lies behind the write pointer may be
-    /// their sequel.
+    /// their sequel. They have opened the zone, unless they queue.
     ///
     /// # Errors
     ///
@@ -285,7 +287,8 @@ impl Zone {
             return Err(Status::ZoneInvalidCmd);
         }
         check_granularity(sector, sectors * SECTOR_SIZE, limits)?;
-        if sector < self.write_pointer || (self.state == STATE_EMPTY && sector > self.start) {
+        let first = self.state == STATE_EMPTY && !limits.writes_queue;
+        if sector < self.write_pointer || (first && sector > self.start) {
             return Err(Status::ZoneUnalignedWp);
         }
         if sector + sectors > self.start + self.capacity {

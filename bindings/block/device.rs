@@ -165,12 +165,18 @@ impl BlockDevice {
         Ok(())
     }
 
+    /// The limits of its queue, each as it is or was a moment ago.
+    pub(super) fn queue_limits(&self) -> raw::queue_limits {
+        let mut limits = raw::queue_limits::default();
+        // SAFETY: The reference to the file keeps the block device and its queue alive; `limits` is written.
+        unsafe { raw::rust_helper_bdev_limits(self.as_raw(), &mut limits) };
+        limits
+    }
+
     /// What the disk can do now.
     pub(crate) fn limits(&self) -> Limits {
         let bdev = self.as_raw();
-        // SAFETY: The reference to the file keeps the block device and its queue alive. The fields
-        // may change while they are read; each is an integer of its own.
-        let limits = unsafe { &*raw::rust_helper_bdev_limits(bdev) };
+        let limits = self.queue_limits();
         // SAFETY: The reference to the file keeps the block device alive.
         let (alignment_offset, zone_sectors, nr_zones, write_cache) = unsafe {
             (

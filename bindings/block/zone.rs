@@ -28,6 +28,8 @@ pub(crate) struct ZoneLimits {
     pub(crate) max_segments: usize,
     /// Mask of the address bits that must be 0 between segments.
     pub(crate) virt_boundary: usize,
+    /// Writes may queue in the block layer before it counts them as written.
+    pub(crate) writes_queue: bool,
 }
 
 /// A zone; `struct blk_zone`. All positions are in sectors.
@@ -70,8 +72,7 @@ impl BlockDevice {
     #[inline]
     pub(crate) fn is_zoned(&self) -> bool {
         // SAFETY: The reference to the file keeps the block device and its queue alive.
-        let features = unsafe { (*raw::rust_helper_bdev_limits(self.as_raw())).features };
-        features & raw::RUST_CONST_HELPER_BLK_FEAT_ZONED != 0
+        unsafe { raw::rust_helper_bdev_is_zoned(self.as_raw()) }
     }
 
     /// What the disk takes, if it is zoned.
@@ -79,12 +80,12 @@ impl BlockDevice {
         if !self.is_zoned() {
             return None;
         }
-        // SAFETY: The reference to the file keeps the block device and its queue alive. The fields
-        // may change while they are read; each is an integer of its own.
-        let (limits, zone_sectors) = unsafe {
+        let limits = self.queue_limits();
+        // SAFETY: The reference to the file keeps the block device and its queue alive.
+        let (zone_sectors, writes_queue) = unsafe {
             (
-                &*raw::rust_helper_bdev_limits(self.as_raw()),
                 raw::rust_helper_bdev_zone_sectors(self.as_raw()),
+                raw::rust_helper_bdev_zone_writes_queue(self.as_raw()),
             )
         };
         (zone_sectors != 0).then(|| ZoneLimits {
@@ -93,6 +94,7 @@ impl BlockDevice {
             write_granularity: limits.zone_write_granularity,
             max_segments: usize::from(limits.max_segments),
             virt_boundary: limits.virt_boundary_mask,
+            writes_queue,
         })
     }
 

@@ -108,16 +108,32 @@ def selftest():
                      "--slow-disk", slow.path, "--bad-disk", bad.path, "--folder", folder.path)
 
 
+class Zoned(NullBlk):
+    """A zoned disk as the programs want it."""
+
+    def __init__(self, **disk):
+        super().__init__(zoned=1, zone_size=4, zone_capacity=3, zone_nr_conv=3, zone_max_open=3,
+                         zone_max_active=5, **disk)
+
+
 def zoned(**disk):
     """A test of zoned disks; with zone_append_max_sectors=0 the block layer does the appends."""
     def run():
         load()
-        with Brd() as other, NullBlk(zoned=1, zone_size=4, zone_capacity=3, zone_nr_conv=3,
-                                     zone_max_open=3, zone_max_active=5, **disk) as zoned_disk:
+        with Brd() as other, Zoned(**disk) as zoned_disk:
             ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", other.path,
-                         "--zoned-disk", zoned_disk.path, "--only=zones.")
+                         "--zoned-disk", zoned_disk.path, "--only=zones.",
+                         "--only=dirty_log.zones")
             ktap.program(OPTIONS.tool, "exercise", "--ktap", "--disk", zoned_disk.path)
     return run
+
+
+def rotating():
+    """A zoned disk for which the block layer queues writes."""
+    load()
+    with Brd() as other, Zoned(irqmode=2, rotational=1) as zoned_disk:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", other.path,
+                     "--zoned-disk", zoned_disk.path, "--only=zones.queued")
 
 
 def later():
@@ -267,6 +283,7 @@ TESTS = [
     Test("the ioctl interface, and known defects of an earlier driver", selftest),
     Test("zoned disks", zoned(irqmode=2)),
     Test("zoned disks, with appends made of writes", zoned(zone_append_max_sectors=0)),
+    Test("a zoned disk that rotates", rotating),
     Test("rings and eventfds moved, on a disk that completes later",
          placement("rings_moved_under_load", "late_call")),
     specification,

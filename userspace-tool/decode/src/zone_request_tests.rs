@@ -24,6 +24,7 @@ const ZONES: Limits = Limits {
     zone_sectors: 64,
     max_append_sectors: 32,
     write_granularity: 512,
+    writes_queue: false,
 };
 
 /// Fifteen zones, and one of 40 sectors.
@@ -235,6 +236,12 @@ fn writes() {
     };
     assert_eq!(write(empty, 128, 48), Ok(()));
     assert_eq!(write(empty, 129, 1), Err(UNALIGNED));
+    let queued = Limits {
+        writes_queue: true,
+        ..ZONES
+    };
+    assert_eq!(empty.check_write(129, 1, &queued), Ok(()));
+    assert_eq!(empty.status_of_failed_write(129), UNALIGNED);
 
     for state in [STATE_FULL, STATE_READ_ONLY, STATE_OFFLINE] {
         let zone = Zone {
@@ -337,7 +344,7 @@ proptest! {
         zone_sectors in prop_oneof![Just(64u64), 1..3000u64],
         max_append_sectors in any::<u32>(),
     ) {
-        let limits = Limits { zone_sectors, max_append_sectors, write_granularity: 512 };
+        let limits = Limits { zone_sectors, max_append_sectors, write_granularity: 512, writes_queue: false };
         let decoded = decode(kind, sector, readable, writable, CAPACITY, false, Some(&limits));
         match decoded {
             Ok(Request::Append { sector }) => {

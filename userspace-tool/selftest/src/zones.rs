@@ -37,6 +37,11 @@ pub(crate) const TESTS: &[Test] = &[
         write
     ),
     test!(
+        "zones.queued",
+        "many writes at once to an empty zone",
+        queued
+    ),
+    test!(
         "zones.append",
         "appends return their sector, of any layout and length on offer",
         append
@@ -386,6 +391,29 @@ fn write(context: &Context) -> Result<()> {
         check::outcome("a write of many", &done, Status::Ok, UsedLen::Full)?;
     }
     zoned.is("after many", b, IMPLICITLY_OPEN, 16 + 20 * 8)
+}
+
+fn queued(context: &Context) -> Result<()> {
+    let mut zoned = Zoned::new(context, |_| {})?;
+    // All are there before the first of them has opened the zone.
+    let empty = zoned.zone(0);
+    let queue = zoned.guest.queue(0);
+    for n in 0..20 {
+        queue.submit(
+            Request::write(empty + n * 8, vec![4; 4096]),
+            &Shape::default(),
+        )?;
+    }
+    queue.kick()?;
+    for done in queue.wait_all(PATIENCE)? {
+        check::outcome(
+            "a write of many to an empty zone",
+            &done,
+            Status::Ok,
+            UsedLen::Full,
+        )?;
+    }
+    zoned.is("after many, once empty", empty, IMPLICITLY_OPEN, 20 * 8)
 }
 
 fn append(context: &Context) -> Result<()> {
