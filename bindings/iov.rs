@@ -192,15 +192,23 @@ impl<'a> UserIter<'a> {
         &mut self.iter
     }
 
-    /// What is left from the cursor on, in an array of its own, so that it can outlive the
-    /// virtqueue's.
+    /// The next `len` bytes from the cursor on, or fewer if there are fewer, in an array of its own, so that
+    /// it can outlive the virtqueue's.
     ///
     /// # Errors
     ///
     /// `ENOMEM`. Context: may sleep.
-    pub(crate) fn to_owned(&self) -> Result<OwnedUserIter> {
-        let mut iovecs = KVVec::with_capacity(self.segments().count(), GFP_KERNEL_ACCOUNT)?;
-        for (address, len) in self.segments() {
+    pub(crate) fn to_owned(&self, len: usize) -> Result<OwnedUserIter> {
+        let mut left = len;
+        let segments = || {
+            self.segments().map_while(move |(address, len)| {
+                let len = len.min(left);
+                left -= len;
+                (len > 0).then_some((address, len))
+            })
+        };
+        let mut iovecs = KVVec::with_capacity(segments().count(), GFP_KERNEL_ACCOUNT)?;
+        for (address, len) in segments() {
             iovecs.push(IoVec::new(address, len), GFP_KERNEL_ACCOUNT)?;
         }
         Ok(OwnedUserIter {

@@ -5,7 +5,10 @@
 use super::{
     queue::Queue,
     request::Status,
-    rest,
+    rest::{
+        self,
+        Rest, //
+    },
     zone, //
 };
 use crate::bindings::{
@@ -60,7 +63,7 @@ fn worse(one: Option<BioError>, other: Option<BioError>) -> Option<BioError> {
     }
 }
 
-/// Completes a request whose bios are done. Returns it if it has data that was not submitted yet.
+/// Completes a request whose bios are done. Returns it if it goes on.
 fn done<'a>(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'a, Queue>,
@@ -79,7 +82,13 @@ fn done<'a>(
         }
     }
 
-    let mut request = zone::resume(request)?;
+    let in_flight = request.data();
+    if let Some(Rest::Report(report)) = in_flight.rest.as_deref_mut() {
+        match report.copy() {
+            Ok(len) => in_flight.read_len = len,
+            Err(_) => request.fail(),
+        }
+    }
     let mut status = Status::Ok;
     if request.failed() {
         let in_flight = request.data();
@@ -96,7 +105,7 @@ fn done<'a>(
     }
 
     let in_flight = request.finish();
-    zone::finished(guard, &in_flight.zone);
+    zone::finished(guard, in_flight.rest.as_deref());
     if in_flight.bounces {
         guard.data_mut().bouncing -= 1;
     }

@@ -235,19 +235,26 @@ impl Device {
         let direct = compat::parameter(crate::module_parameters::direct_completion.value()) != 0;
         start_all(&device, &backend, direct).inspect_err(|_| {
             // The caller is the owner, which is all that stopping asks for.
-            let _ = device.stop();
+            let _ = self.stop_all(&device);
         })?;
         Ok(0)
     }
 
     fn stop(&self) -> Result<isize> {
-        self.vhost.lock().stop()?;
+        self.stop_all(&self.vhost.lock())?;
         Ok(0)
+    }
+
+    fn stop_all(&self, device: &DeviceGuard<'_, Queue>) -> Result {
+        device.stop()?;
+        // Until then who submitted for it keeps the disk open.
+        self.settings.submitter.flush();
+        Ok(())
     }
 
     fn reset_owner(&self) -> Result<isize> {
         let device = self.vhost.lock();
-        device.stop()?;
+        self.stop_all(&device)?;
         device.reset_owner()?;
         for vq in device.virtqueues() {
             vq.lock().set_call(None);

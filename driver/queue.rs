@@ -103,7 +103,7 @@ impl Operations for Queue {
     }
 
     fn handle_slow(request: &mut InFlight) {
-        if let InZone::Report(report) = &mut request.zone {
+        if let Some(Rest::Report(report)) = request.rest.as_deref_mut() {
             report.ask();
         }
     }

@@ -34,16 +34,7 @@ use crate::bindings::{
     iov::UserIter,
     vhost::VirtqueueGuard, //
 };
-use kernel::{
-    prelude::*,
-    time::Delta, //
-};
-
-/// For how long requests begin new rounds after a stop.
-///
-/// User space offers limits with which a request is a round or two. This is for those that are more
-/// because their disk refused to write zeroes.
-const GRACE: Delta = Delta::from_secs(5);
+use kernel::prelude::*;
 
 /// Sectors of a page, and of as many pages as a bio holds.
 const PAGE_SECTORS: usize = PAGE_SIZE / SECTOR_SIZE as usize;
@@ -270,14 +261,13 @@ impl Ranges {
         Ok(())
     }
 
-    /// Leaves out what comes next if the device was stopped too long ago: nobody waits for hours for what
-    /// a guest asked. A discard is advice, of which any part may be ignored.
+    /// Leaves out what comes next, but for the flush. A discard is advice, of which any part may be ignored.
     ///
     /// # Errors
     ///
     /// The status to complete the request with, if it had to be done.
-    pub(super) fn mind_stop(&mut self, guard: &VirtqueueGuard<'_, Queue>) -> Result<(), Status> {
-        if self.left().is_none() || guard.stopped_for().is_none_or(|time| time < GRACE) {
+    pub(super) fn leave_out(&mut self) -> Result<(), Status> {
+        if self.left().is_none() {
             return Ok(());
         }
         if self.op != RangeOp::Discard {

@@ -17,6 +17,7 @@ use super::{
         Plan,
         PAGE_SIZE, //
     },
+    zone::Report,
 };
 use crate::bindings::{
     block::{
@@ -37,7 +38,16 @@ use crate::bindings::{
         VirtqueueGuard, //
     },
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::Delta, //
+};
+
+/// For how long requests go on after a stop that are more than their bios in flight.
+///
+/// User space offers limits with which ranges are a round or two. This is for those that are more
+/// because their disk refused to write zeroes, and for reports of many zones.
+const GRACE: Delta = Delta::from_secs(5);
 
 /// Bytes that one request bounces at a time.
 const BOUNCE_LEN: usize = 256 << 10;
@@ -121,6 +131,8 @@ pub(super) enum Rest {
     Data(Data),
     /// Ranges of the disk.
     Ranges(Ranges),
+    /// Zones to report.
+    Report(Report),
 }
 
 impl Rest {
@@ -137,7 +149,7 @@ impl Rest {
         how: Fill,
     ) -> Result<KBox<Self>> {
         let data = Data {
-            memory: memory.to_owned()?,
+            memory: memory.to_owned(memory.remaining())?,
             op,
             sector,
             left,
@@ -151,6 +163,7 @@ impl Rest {
         match self {
             Self::Data(data) => data.left == 0,
             Self::Ranges(ranges) => ranges.is_submitted(),
+            Self::Report(report) => report.is_complete(),
         }
     }
 
@@ -178,6 +191,7 @@ impl Rest {
         match self {
             Self::Data(_) => Err(failure),
             Self::Ranges(ranges) => ranges.failed(error, guard),
+            Self::Report(_) => Err(Status::IoErr),
         }
     }
 
@@ -187,14 +201,31 @@ impl Rest {
             Self::Data(_) => 1,
             // What a disk without queue does is done by the worker, however much it is.
             Self::Ranges(_) => 32,
+            // Its piece was copied to the guest just before.
+            Self::Report(_) => 8,
         }
     }
 
     /// Whether who submits its bios may have to wait for the disk.
     fn is_throttled(&self) -> bool {
+        matches!(self, Self::Ranges(ranges) if ranges.is_throttled())
+    }
+
+    /// Leaves out what comes next if the device was stopped too long ago: nobody waits for hours for what
+    /// a guest asked. While requests are waited for to switch logging on, they go on.
+    ///
+    /// # Errors
+    ///
+    /// The status to complete the request with, if it had to be done.
+    fn mind_stop(&mut self, guard: &VirtqueueGuard<'_, Queue>) -> Result<(), Status> {
+        if guard.stopped_for().is_none_or(|time| time < GRACE) {
+            return Ok(());
+        }
         match self {
-            Self::Data(_) => false,
-            Self::Ranges(ranges) => ranges.is_throttled(),
+            // Its length is bounded.
+            Self::Data(_) => Ok(()),
+            Self::Ranges(ranges) => ranges.leave_out(),
+            Self::Report(_) => Err(Status::IoErr),
         }
     }
 
@@ -208,6 +239,7 @@ impl Rest {
         match self {
             Self::Data(data) => data.next_bio(guard, first),
             Self::Ranges(ranges) => ranges.next_bio(guard, first),
+            Self::Report(_) => None,
         }
     }
 }
@@ -291,18 +323,22 @@ fn add_bios(
     count
 }
 
-/// Submits the next bios of a request whose last ones are done. If there is no memory for any, it
-/// is put aside.
+/// Goes on with a request whose last bios are done: submits the next ones, or asks for more zones. If there
+/// is no memory for any bio, it is put aside.
 ///
 /// Returns whether it was submitted.
 pub(super) fn resume(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'_, Queue>,
 ) -> bool {
-    if let Some(Rest::Ranges(ranges)) = request.data().rest.as_deref_mut() {
-        if ranges.mind_stop(guard).is_err() {
-            request.fail();
-        }
+    let rest = request.data().rest.as_mut();
+    if rest.is_some_and(|rest| rest.mind_stop(guard).is_err()) {
+        request.fail();
+    }
+    let rest = request.data().rest.as_deref();
+    if matches!(rest, Some(Rest::Report(_))) && !request.failed() {
+        request.submit_slow();
+        return true;
     }
     // What has failed by then gets no more bios.
     let count = if request.failed() {
@@ -317,11 +353,13 @@ pub(super) fn resume(
         guard.defer(request);
         return false;
     }
-    let rest = request.data().rest.as_ref();
-    if rest.is_some_and(|rest| rest.is_throttled()) {
-        request.submit_by(&guard.data().settings.submitter);
-    } else {
-        request.submit();
+    let rest = request.data().rest.as_deref();
+    let throttled = rest.is_some_and(Rest::is_throttled);
+    match guard.share_backend() {
+        Some(backend) if throttled => {
+            request.submit_by(&guard.data().settings.submitter, backend);
+        }
+        _ => request.submit(),
     }
     true
 }

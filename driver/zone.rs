@@ -12,7 +12,10 @@ use super::{
         HEADER_LEN,
         SECTOR_SIZE, //
     },
-    rest::Fill,
+    rest::{
+        Fill,
+        Rest, //
+    },
     submit::{
         self,
         Outcome, //
@@ -20,6 +23,7 @@ use super::{
     zone_request::{
         self,
         is_uncut,
+        zones_from,
         Limits,
         Request,
         Zone,
@@ -39,7 +43,6 @@ use crate::bindings::{
     },
     iov::OwnedUserIter,
     vhost::{
-        self,
         DescChain,
         VirtqueueGuard, //
     },
@@ -63,12 +66,10 @@ pub(super) enum InZone {
     No,
     /// It writes; one that fails does so with the status.
     Write(Status),
-    /// It does something with zones, and has no data.
+    /// It does something with zones, or asks for them, and has no data.
     Manage,
     /// It appends.
     Append(KBox<Append>),
-    /// It asks for zones.
-    Report(KBox<Report>),
 }
 
 impl InZone {
@@ -79,7 +80,7 @@ impl InZone {
             (_, Some(BioError::OpenZones)) => Status::ZoneOpenResource,
             (_, Some(BioError::ActiveZones)) => Status::ZoneActiveResource,
             (Self::Write(status), _) => *status,
-            (Self::Manage | Self::Append(_) | Self::Report(_), _) => Status::ZoneInvalidCmd,
+            (Self::Manage | Self::Append(_), _) => Status::ZoneInvalidCmd,
         }
     }
 
@@ -167,7 +168,11 @@ pub(super) fn submit(
         return submit::complete(chain, Status::IoErr, 0);
     };
     match request {
-        Request::Report { sector, zones } => report(chain, sector, zones),
+        Request::Report { sector, zones } => {
+            let of = limits.zones.as_ref();
+            let on_disk = of.map_or(0, |of| zones_from(sector, limits.capacity, of));
+            report(chain, sector, zones.min(on_disk.max(1)))
+        }
         Request::ResetAll => manage(chain, Op::ZoneResetAll, 0),
         Request::Manage { op, sector } => {
             let known = backend.known_zone(sector).map(Zone::from);
@@ -257,7 +262,7 @@ fn append(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, block_size: u32)
     let (Some(backend), Some(zones)) = (guard.backend(), zones) else {
         return submit::complete(chain, Status::IoErr, 0);
     };
-    let returned = chain.writable().to_owned();
+    let returned = chain.own_writable(APPEND_SECTOR_LEN);
     let returned = returned.and_then(|memory| {
         let append = Append {
             memory,
@@ -333,6 +338,8 @@ pub(super) struct Report {
     /// Their descriptors.
     descriptors: KVVec<u8>,
     failed: bool,
+    /// The guest has all of it.
+    complete: bool,
 }
 
 impl Report {
@@ -365,14 +372,19 @@ impl Report {
         self.failed = result.is_err();
     }
 
-    /// Copies what the disk said to the guest. Returns whether there is more to ask for.
+    /// Whether there is no more to ask for.
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Copies what the disk said to the guest. Returns how many bytes the guest has by now.
     ///
     /// Context: process context in the owner's address space; may sleep.
     ///
     /// # Errors
     ///
     /// `EFAULT` if the guest's memory cannot be written, `EIO` if the disk failed.
-    fn copy(&mut self) -> Result<bool> {
+    pub(super) fn copy(&mut self) -> Result<usize> {
         if self.failed {
             return Err(EIO);
         }
@@ -381,22 +393,17 @@ impl Report {
         let zones = (self.descriptors.len() / DESCRIPTOR_LEN) as u64;
         self.left -= zones;
         self.done += zones;
-        if zones == u64::from(asked) && self.left > 0 {
-            return Ok(true);
+        if zones < u64::from(asked) || self.left == 0 {
+            self.memory.rewind();
+            let header = zone_request::report_header(self.done, self.little_endian);
+            write_all(&mut self.memory, &header)?;
+            self.complete = true;
         }
-        self.memory.rewind();
-        let header = zone_request::report_header(self.done, self.little_endian);
-        write_all(&mut self.memory, &header)?;
-        Ok(false)
-    }
-
-    /// Bytes that were written to the guest.
-    fn len(&self) -> usize {
-        REPORT_HEADER_LEN + self.done as usize * DESCRIPTOR_LEN
+        Ok(REPORT_HEADER_LEN + self.done as usize * DESCRIPTOR_LEN)
     }
 }
 
-/// Has the disk asked for its zones.
+/// Has the disk asked for up to `zones` zones.
 fn report(chain: DescChain<'_, '_, Queue>, sector: u64, zones: u64) -> Outcome {
     let large = chain.guard().data().large_reports < MAX_LARGE_REPORTS;
     let most = if large {
@@ -404,16 +411,19 @@ fn report(chain: DescChain<'_, '_, Queue>, sector: u64, zones: u64) -> Outcome {
     } else {
         SMALL_REPORT_ZONES
     };
-    let Ok(report) = new_report(&chain, sector, zones, most) else {
+    let report = new_report(&chain, sector, zones, most).and_then(|report| {
+        let large = report.is_large();
+        Ok((large, KBox::new(Rest::Report(report), GFP_KERNEL_ACCOUNT)?))
+    });
+    let Ok((large, report)) = report else {
         return submit::complete(chain, Status::IoErr, 0);
     };
-    let large = report.is_large();
     let request = chain.claim(None, |completion| InFlight {
         completion,
         read_len: 0,
         bounces: false,
-        rest: None,
-        zone: InZone::Report(report),
+        rest: Some(report),
+        zone: InZone::Manage,
     });
     let Some((guard, request)) = request else {
         return Outcome::Broken;
@@ -430,15 +440,15 @@ fn new_report(
     sector: u64,
     zones: u64,
     most: u32,
-) -> Result<KBox<Report>> {
+) -> Result<Report> {
     // As much memory as is needed.
     let most = u64::from(most).min(zones) as u32;
-    let mut memory = chain.writable().to_owned()?;
+    let mut memory = chain.own_writable(REPORT_HEADER_LEN + zones as usize * DESCRIPTOR_LEN)?;
     memory.with(|memory| {
         memory.advance(REPORT_HEADER_LEN);
         Ok::<_, Error>(())
     })?;
-    let report = Report {
+    Ok(Report {
         backend: chain.guard().share_backend().ok_or(ENODEV)?,
         memory,
         little_endian: chain.guard().is_little_endian(),
@@ -448,32 +458,13 @@ fn new_report(
         most,
         descriptors: KVVec::with_capacity(most as usize * DESCRIPTOR_LEN, GFP_KERNEL_ACCOUNT)?,
         failed: false,
-    };
-    Ok(KBox::new(report, GFP_KERNEL_ACCOUNT)?)
-}
-
-/// Goes on with a request that is done so far. Returns it if it is complete.
-pub(super) fn resume<'a>(
-    mut request: vhost::Request<'a, Queue>,
-) -> Option<vhost::Request<'a, Queue>> {
-    let in_flight = request.data();
-    let InZone::Report(report) = &mut in_flight.zone else {
-        return Some(request);
-    };
-    match report.copy() {
-        Ok(true) => {
-            request.submit_slow();
-            return None;
-        }
-        Ok(false) => in_flight.read_len = report.len(),
-        Err(_) => request.fail(),
-    }
-    Some(request)
+        complete: false,
+    })
 }
 
 /// Forgets a request that is complete.
-pub(super) fn finished(guard: &mut VirtqueueGuard<'_, Queue>, zone: &InZone) {
-    if let InZone::Report(report) = zone {
+pub(super) fn finished(guard: &mut VirtqueueGuard<'_, Queue>, rest: Option<&Rest>) {
+    if let Some(Rest::Report(report)) = rest {
         if report.is_large() {
             guard.data_mut().large_reports -= 1;
         }

@@ -191,6 +191,12 @@ pub(crate) fn zone_of(sector: u64, limits: &Limits) -> (u64, u64) {
     (start, start.saturating_add(limits.zone_sectors))
 }
 
+/// How many zones there are from that of `sector` on, on a disk of `capacity` sectors.
+pub(crate) fn zones_from(sector: u64, capacity: u64, limits: &Limits) -> u64 {
+    let (start, _) = zone_of(sector, limits);
+    capacity.saturating_sub(start).div_ceil(limits.zone_sectors)
+}
+
 /// Of what type a zone is; `VIRTIO_BLK_ZT_*`, and `enum blk_zone_type`, which has the same numbers.
 pub(crate) const TYPE_CONVENTIONAL: u8 = 1;
 

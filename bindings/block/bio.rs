@@ -35,7 +35,8 @@ use kernel::{
             ordering,
             Atomic, //
         },
-        rcu, //
+        rcu,
+        Arc, //
     },
     types::Opaque, //
 };
@@ -967,12 +968,17 @@ impl PendingBios {
         }
     }
 
-    /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that.
+    /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that. `device`,
+    /// which the bios are for, stays open until the last of them was submitted.
     ///
     /// # Safety
     ///
     /// As for [`PendingBios::submit`]; and this object must not move or go before it was pushed.
-    pub(in crate::bindings) unsafe fn submit_by(&self, submitter: &Submitter) {
+    pub(in crate::bindings) unsafe fn submit_by(
+        &self,
+        submitter: &Submitter,
+        device: Arc<BlockDevice>,
+    ) {
         struct Pending(NonNull<PendingBios>);
         // SAFETY: `PendingBios` is `Sync`.
         unsafe impl Send for Pending {}
@@ -986,7 +992,11 @@ impl PendingBios {
         }
 
         let pending = Pending(self.into());
-        if submitter.spawn(move || pending.submit()).is_err() {
+        let submit = move || {
+            pending.submit();
+            drop(device);
+        };
+        if submitter.spawn(submit).is_err() {
             // SAFETY: The caller promises it; nobody else was asked.
             unsafe { self.submit() };
         }

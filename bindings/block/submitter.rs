@@ -46,6 +46,12 @@ impl Submitter {
         Ok(Self(NonNull::new(raw).ok_or(ENOMEM)?))
     }
 
+    /// Waits until all that was spawned has returned. Context: may sleep.
+    pub(crate) fn flush(&self) {
+        // SAFETY: By the type invariant it is a workqueue.
+        unsafe { raw::__flush_workqueue(self.0.as_ptr()) };
+    }
+
     /// Has `submit` called by another task, which may sleep. Whatever it is called for ends before this
     /// object does.
     pub(super) fn spawn(&self, submit: impl FnOnce() + Send + 'static) -> Result<(), AllocError> {

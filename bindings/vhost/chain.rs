@@ -24,6 +24,7 @@ use crate::bindings::{
         self,
         Direction,
         IoVec,
+        OwnedUserIter,
         PageBytes,
         StatusByte,
         UserIter, //
@@ -114,6 +115,20 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
             log.will_write(self.writable_len());
         }
         UserIter::new(self.input(), Direction::Destination)
+    }
+
+    /// The first `len` bytes of [`DescChain::writable`], or fewer if there are fewer, to outlive the chain. Of
+    /// what is logged, it is these.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`. Context: may sleep.
+    pub(crate) fn own_writable(&self, len: usize) -> Result<OwnedUserIter> {
+        let len = self.writable_len().min(len);
+        if let Some(log) = &self.log {
+            log.will_write(len);
+        }
+        UserIter::new(self.input(), Direction::Destination).to_owned(len)
     }
 
     /// Copies `data` to the first bytes that the device writes. Returns the bytes copied: fewer if there are

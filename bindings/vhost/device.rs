@@ -36,11 +36,16 @@ use kernel::{
             Lock, //
         },
     },
+    time::Delta,
     types::Opaque, //
 };
 
 /// How long a drain waits before it says what it waits for, in milliseconds.
 const DRAIN_WARNING_MS: u32 = 10_000;
+
+/// How long a paused virtqueue is drained: then it goes on as before, rather than leave a guest without its
+/// disk.
+const MAX_PAUSE: Delta = Delta::from_secs(30);
 
 /// A vhost device with its virtqueues; `struct vhost_dev`.
 ///
@@ -221,8 +226,8 @@ impl<T: Operations> Device<T> {
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if it is not stopped and requests that are done cannot be completed: its rings are not in
-    /// the device IOTLB.
+    /// `EAGAIN` if it is not stopped, and requests that are done cannot be completed, since its rings are not
+    /// in the device IOTLB, or others are not done in [`MAX_PAUSE`].
     fn drain(index: usize, vq: &Virtqueue<T>, abandon: bool) -> Result<bool> {
         vq.completions().set_waiting(true);
         let result = Self::wait_until_idle(index, vq, abandon);
@@ -242,6 +247,9 @@ impl<T: Operations> Device<T> {
             if guard.is_idle() {
                 guard.release_backend();
                 return Ok(abandon);
+            }
+            if guard.paused_for().is_some_and(|time| time > MAX_PAUSE) {
+                return Err(EAGAIN);
             }
             let in_flight = guard.in_flight();
             drop(guard);
@@ -345,9 +353,10 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
     /// # Errors
     ///
     /// `EBUSY` if a backend runs and other features change, `EPERM` if one runs and the caller is not the
-    /// owner, `EFAULT` if the memory to log is not what the log can cover, `EAGAIN` if requests that are done
-    /// cannot be completed for want of a translation, `EINVAL` if the vhost core is set to have no device
-    /// IOTLB, `ENOMEM`. Nothing was changed then.
+    /// owner, `EFAULT` if the memory to log is not what the log can cover, `EAGAIN` if requests in flight are
+    /// not done in [`MAX_PAUSE`], or cannot be completed for want of a translation, `EINTR` if the task was
+    /// killed meanwhile, `EINVAL` if the vhost core is set to have no device IOTLB, `ENOMEM`. Nothing was
+    /// changed then.
     pub(crate) fn set_features(&self, features: u64) -> Result {
         const LOG_ALL: u64 = 1 << uapi::feature::LOG_ALL;
         let mut running = false;
@@ -415,6 +424,9 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
         let mut abandon = false;
         for (index, vq) in self.virtqueues().enumerate() {
             abandon = Device::drain(index, vq, abandon)?;
+        }
+        if abandon {
+            return Err(EINTR);
         }
         Ok(())
     }

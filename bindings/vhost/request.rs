@@ -14,6 +14,7 @@ use crate::bindings::{
     block::{
         Bio,
         BioRoom,
+        BlockDevice,
         Building,
         Finished,
         PendingBios,
@@ -23,9 +24,12 @@ use crate::bindings::{
     raw,
 };
 use core::cell::UnsafeCell;
-use kernel::sync::atomic::{
-    ordering,
-    Atomic, //
+use kernel::sync::{
+    atomic::{
+        ordering,
+        Atomic, //
+    },
+    Arc, //
 };
 
 /// Whose a slot is.
@@ -328,12 +332,16 @@ impl<'a, T: Operations> Request<'a, T> {
         unsafe { slot.bios.submit() };
     }
 
-    /// As [`Request::submit`], by a task of `submitter`: for bios whose submitter may have to wait.
-    pub(crate) fn submit_by(self, submitter: &Submitter) {
+    /// As [`Request::submit`], by a task of `submitter`, which keeps `backend` open: for bios whose submitter
+    /// may have to wait.
+    ///
+    /// The virtqueue may be stopped, and without a backend, before the task has returned:
+    /// [`Submitter::flush`] waits for it.
+    pub(crate) fn submit_by(self, submitter: &Submitter, backend: Arc<BlockDevice>) {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.
-        unsafe { slot.bios.submit_by(submitter) };
+        unsafe { slot.bios.submit_by(submitter, backend) };
     }
 
     /// Has [`Operations::handle_slow`] called for it in a context of its own, and submits its bios, if

@@ -622,8 +622,18 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         self.inner_mut().stopped.get_or_insert_with(Instant::now);
     }
 
-    /// For how long it has been stopped or paused, if it is.
+    /// For how long it has been stopped, if it is.
     pub(crate) fn stopped_for(&self) -> Option<Delta> {
+        (!self.is_running()).then(|| self.idle_for()).flatten()
+    }
+
+    /// For how long it has been paused, if it is.
+    pub(super) fn paused_for(&self) -> Option<Delta> {
+        self.inner().paused.then(|| self.idle_for()).flatten()
+    }
+
+    /// For how long nothing has been fetched, if it is stopped or paused.
+    fn idle_for(&self) -> Option<Delta> {
         Some(self.inner().stopped?.elapsed())
     }
 

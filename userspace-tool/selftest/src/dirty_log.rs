@@ -16,8 +16,8 @@ use anyhow::{Context as _, Result, ensure};
 use vhost_blk_ring::memory::PAGE_SIZE;
 use vhost_blk_ring::uapi::{VHOST_BLK_SERIAL_LEN, feature};
 use vhost_blk_ring::{
-    Buffer, Completion, Cut, Device, Guest, GuestAddress, Memory, Options, Parts, Protection,
-    Queue, Region, Request, Segment, Shape, Status, Table,
+    Buffer, Completion, Cut, Device, Guest, GuestAddress, Kind, Memory, Options, Parts, Protection,
+    Queue, Region, Request, Segment, Shape, Status, Table, report_zones,
 };
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -37,6 +37,11 @@ pub(crate) const TESTS: &[Test] = &[
         "what a disk that fails has written is logged",
         120,
         failing_disk
+    ),
+    test!(
+        "dirty_log.zones",
+        "of a report and an append, what they write is logged, and not all that they may",
+        zones
     ),
     test!(
         "dirty_log.regions",
@@ -76,6 +81,12 @@ const FEATURES: u64 = feature::VERSION_1 | feature::INDIRECT_DESC | feature::FLU
 
 /// `VHOST_VRING_F_LOG` of `linux/vhost_types.h`: the used ring is logged.
 const RING_LOG: u32 = 1 << 0;
+
+/// `VIRTIO_BLK_ZT_CONV`
+const CONVENTIONAL: u8 = 1;
+
+/// Bytes of `struct virtio_blk_zone_descriptor`, and of what precedes them in a report.
+const ZONE_LEN: usize = 64;
 
 /// Pages of guest memory, by number.
 type Pages = BTreeSet<u64>;
@@ -742,6 +753,42 @@ fn switched_under_load(context: &Context) -> Result<()> {
     })?;
     context.note(format_args!("{count} reads on the other queue meanwhile"));
     ensure!(count > 0, "the other queue did nothing");
+    Ok(())
+}
+
+fn zones(context: &Context) -> Result<()> {
+    let disk = context.zoned_disk()?;
+    let mut guest = guest(context, |options| options.features |= feature::ZONED)?;
+    let log = Log::of(guest.memory())?;
+    guest.start(&disk)?;
+    start_log(&mut guest, &log)?;
+    let all = report_zones(&disk, 0)?;
+    let sequential = all.iter().rfind(|zone| zone.kind != CONVENTIONAL);
+    let zone = sequential.context("no sequential zone")?.start;
+    let reset = Request::zone(Kind::ZoneReset, zone);
+    let mut append = Request::zone_append(zone, vec![1; 4096]);
+    append.in_len = 64 << 10;
+    let report = Request::zone_report(0, 16 * PAGE_SIZE / ZONE_LEN);
+    ensure!(
+        (all.len() + 1) * ZONE_LEN < 8 * PAGE_SIZE,
+        "too many zones for this test"
+    );
+    for (what, request, most) in [
+        ("reset", reset, 0),
+        ("append", append, 8),
+        ("report", report, (all.len() + 1) * ZONE_LEN),
+    ] {
+        context.step(what);
+        let queue = guest.queue(0);
+        let head = queue.submit(request, &Shape::default())?;
+        let segments = queue.segments(head)?;
+        let first = segments.iter().find(|segment| segment.writable);
+        let first = first.context("a request without a status")?.addr;
+        let allowed = &pages(first, most).collect() | &status_page(queue, head)?;
+        checked(what, &mut guest, &log, &allowed)?;
+        let done = guest.queue(0).wait(PATIENCE)?;
+        ensure!(done.status == Status::Ok, "{what}: {:?}", done.status);
+    }
     Ok(())
 }
 

@@ -7,11 +7,12 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use vhost_blk_ring::uapi::feature;
 use vhost_blk_ring::{Guest, Kind, Queue, Range, Request, Shape, Status};
 
 use crate::check;
 use crate::context::{Context, PATIENCE, Test, skip, test};
-use crate::disk::{PATTERN, SCRATCH};
+use crate::disk::{PATTERN, SCRATCH, SECTOR};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -28,6 +29,17 @@ pub(crate) const TESTS: &[Test] = &[
         "ranges.discards_stopped",
         "a stop does not wait for long discards, which succeed",
         discards_stopped
+    ),
+    test!(
+        "ranges.zeroes_logged",
+        "long zeroes go on while switching the dirty log on waits for them",
+        zeroes_logged
+    ),
+    test!(
+        "ranges.logging_refused",
+        "switching the dirty log on gives up on longer ones, and the guest notices nothing",
+        120,
+        logging_refused
     ),
     test!(
         "ranges.closed",
@@ -178,6 +190,52 @@ fn zeroes_stopped(context: &Context) -> Result<()> {
 
 fn discards_stopped(context: &Context) -> Result<()> {
     stopped(context, Kind::Discard, Status::Ok)
+}
+
+fn zeroes_logged(context: &Context) -> Result<()> {
+    let slow = context.slow_disk()?;
+    let mut guest = context.guest(|_| {})?;
+    guest.start(&slow)?;
+    let info = guest.device().info(Some(slow.as_fd()))?;
+    let sectors = u32::try_from(info.logical_block_size as usize / SECTOR)?;
+    // As many rounds as take longer than a stop would wait for, and less than it takes to be refused.
+    let round = passes(guest.queue(0))?;
+    let rounds = (GRACE * 3 / 2).div_duration_f64(round).ceil() as usize;
+    let segments = (4 * rounds).min(SEGMENTS);
+    let range = Range::new(0, sectors);
+    let request = Request::ranges(Kind::WriteZeroes, &vec![range; segments]);
+    guest.queue(0).submit(request, &Shape::default())?;
+    guest.queue(0).kick()?;
+    passes(guest.queue(0))?;
+    let begin = Instant::now();
+    let features = guest.features();
+    guest.device().set_features(features | feature::LOG_ALL)?;
+    let took = begin.elapsed();
+    context.note(format_args!("it waited for {} ms", took.as_millis()));
+    ensure!(took > GRACE, "the zeroes were too short: {took:?}");
+    let done = guest.queue(0).wait(PATIENCE)?;
+    ensure!(done.status == Status::Ok, "zeroes: {:?}", done.status);
+    Ok(())
+}
+
+fn logging_refused(context: &Context) -> Result<()> {
+    let slow = context.slow_disk()?;
+    let mut guest = context.guest(|_| {})?;
+    guest.start(&slow)?;
+    let request = long(Kind::WriteZeroes, 0, 8 << 11)?;
+    guest.queue(0).submit(request, &Shape::default())?;
+    guest.queue(0).kick()?;
+    passes(guest.queue(0))?;
+    let features = guest.features() | feature::LOG_ALL;
+    check::fails(
+        "SET_FEATURES with the log",
+        guest.device().set_features(features),
+        libc::EAGAIN,
+    )?;
+    // It goes on, and was not ended meanwhile.
+    passes(guest.queue(0))?;
+    stop(&guest)?;
+    Ok(())
 }
 
 fn closed(context: &Context) -> Result<()> {
