@@ -345,10 +345,11 @@ class Crypt(Mapped):
 
 
 class Thin(Mapped):
-    """A dm-thin device of `size` MiB, of a pool of its own on two other disks."""
+    """A dm-thin device of `size` MiB, of a pool of its own on two other disks, with room for a snapshot of
+    all of it."""
 
     def __init__(self, size=64):
-        self.data = NullBlk(size=size + 16)
+        self.data = NullBlk(size=2 * size + 16)
         self.pool = Mapped("pool", NullBlk(size=8), lambda path, _:
                            f"0 {size << 11} thin-pool {path} {self.data.path} 128 0")
         sh("dmsetup", "message", self.pool.name, "0", "create_thin 0")
