@@ -17,6 +17,7 @@ import ktap
 import life
 import migration
 import viommu
+import zoned
 from disks import Brd, NullBlk, ScsiDebug, sh
 from ktap import say
 from vm import Guest
@@ -344,9 +345,10 @@ def main():
     if options.module:
         sh("modprobe", "vhost")
         sh("insmod", options.module)
-    devices.OPTIONS = discard.OPTIONS = life.OPTIONS = migration.OPTIONS = viommu.OPTIONS = options
+    for tests in (devices, discard, life, migration, viommu, zoned):
+        tests.OPTIONS = options
     tests = (TESTS if options.device == "virtio-blk-pci"
-             else (devices.TESTS + discard.TESTS + viommu.TESTS + life.TESTS + migration.TESTS
+             else (devices.TESTS + discard.TESTS + zoned.TESTS + viommu.TESTS + life.TESTS + migration.TESTS
                    + TESTS))
     RIG = Rig(options)
     try:
