@@ -20,7 +20,7 @@ import viommu
 import zoned
 from disks import Brd, NullBlk, ScsiDebug, sh
 from ktap import say
-from vm import Guest
+from vm import Guest, GuestReset
 
 FIO = ("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --randseed=7 "
        "--output-format=terse --terse-version=3 --minimal")
@@ -328,6 +328,20 @@ TESTS = [test_found, test_raw, test_queues, test_ext4, test_xfs, test_reboot, te
          test_stop_cont, test_rebind, test_unplug, test_after, test_host_fsck, test_host_bytes]
 
 
+def explain():
+    """Print what is known of the guests."""
+    life.LIFE.explain()
+    RIG.explain()
+
+
+def again(error):
+    """Whether a test is to be run again; its guest is ended then, and the test starts it."""
+    if not isinstance(error, GuestReset) or not error.is_unexplained():
+        return False
+    error.guest.kill()
+    return True
+
+
 def main():
     """Run the tests."""
     global RIG
@@ -352,7 +366,7 @@ def main():
                    + TESTS))
     RIG = Rig(options)
     try:
-        return ktap.run(tests, options, lambda: (life.LIFE.explain(), RIG.explain()))
+        return ktap.run(tests, options, explain, again)
     finally:
         migration.close()
         life.LIFE.close()

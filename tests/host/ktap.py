@@ -90,10 +90,24 @@ def add_options(parser):
     parser.add_argument("only", nargs="*", help="run tests whose name contains one of these")
 
 
-def run(tests, options, explain=lambda: None):
+def attempt(function, explain):
+    """Run a test's function; returns what it raised, or None. Prints that."""
+    try:
+        function()
+    except Exception as error:  # whatever it is, the others still run
+        say(f"{type(error).__name__}: {error}")
+        say("at " + " <- ".join(f"{frame.name}:{frame.lineno}" for frame
+                                in reversed(traceback.extract_tb(error.__traceback__))))
+        explain()
+        return error
+    return None
+
+
+def run(tests, options, explain=lambda: None, again=lambda error: False):
     """Run the tests that the options say; returns 0 if all pass, otherwise 1.
 
     explain: prints what may help, called after a test that failed.
+    again: whether a test that raised this, a guest's reset, is to be run again, once.
     """
     tests = [each if isinstance(each, Test) else test(each) for each in tests]
     tests = [each for each in tests
@@ -105,15 +119,11 @@ def run(tests, options, explain=lambda: None):
     for number, each in enumerate(tests, 1):
         log = Log()
         begin = time.monotonic()
-        good = True
-        try:
-            each.function()
-        except Exception as error:  # whatever it is, the others still run
-            good = False
-            say(f"{type(error).__name__}: {error}")
-            say("at " + " <- ".join(f"{frame.name}:{frame.lineno}" for frame
-                                    in reversed(traceback.extract_tb(error.__traceback__))))
-            explain()
+        error = attempt(each.function, explain)
+        if error is not None and again(error):
+            say("running this test again: the guest was reset, and its kernel did not say why")
+            error = attempt(each.function, explain)
+        good = error is None
         trouble = log.trouble()
         ours = log.ours()
         if trouble:

@@ -21,6 +21,18 @@ class GuestError(Exception):
     """The guest, or QEMU, did not do what it should."""
 
 
+class GuestReset(GuestError):
+    """The guest was reset, and the test had not asked for it."""
+
+    def __init__(self, text, guest):
+        super().__init__(text)
+        self.guest = guest
+
+    def is_unexplained(self):
+        """Whether it may be the emulation's fault: the host is emulated, and the guest's kernel said nothing."""
+        return not native_kvm() and not re.search("Kernel panic|BUG:|Oops|WARNING:", self.guest.console())
+
+
 class GuestSilent(GuestError):
     """Nothing came within the time allowed."""
 
@@ -316,8 +328,8 @@ class Guest:
             # Output without a newline at its end stands before the mark.
             match = re.search(r"@@status (\d+)$", line)
             if line == "@@ready":
-                raise GuestError(f"in the guest: {command}: the guest was reset\n"
-                                 + "\n".join(output))
+                raise GuestReset(f"in the guest: {command}: the guest was reset\n"
+                                 + "\n".join(output), self)
             if match:
                 if match.start():
                     output.append(line[:match.start()])
