@@ -69,6 +69,63 @@ bool rust_helper_bdev_zone_info_cached(struct block_device *bdev)
 		 !test_bit(GD_ZONE_APPEND_USED, &disk->state)));
 }
 
+/* Null where the kernel has no such cgroups. */
+struct cgroup_subsys_state *rust_helper_current_io_css(void)
+{
+#ifdef CONFIG_BLK_CGROUP
+	return task_get_css(current, io_cgrp_id);
+#else
+	return NULL;
+#endif
+}
+
+void rust_helper_css_put(struct cgroup_subsys_state *css)
+{
+	if (css)
+		css_put(css);
+}
+
+void rust_helper_associate_blkcg(struct cgroup_subsys_state *css)
+{
+	kthread_associate_blkcg(css);
+}
+
+struct file *rust_helper_get_file(struct file *file)
+{
+	return get_file(file);
+}
+
+loff_t rust_helper_i_size_read(const struct inode *inode)
+{
+	return i_size_read(inode);
+}
+
+bool rust_helper_sb_rdonly(const struct super_block *sb)
+{
+	return sb_rdonly(sb);
+}
+
+/* The path is a field of a union without a name. */
+int rust_helper_file_getattr(struct file *file, struct kstat *stat, u32 mask)
+{
+	return vfs_getattr(&file->f_path, stat, mask, 0);
+}
+
+void rust_helper_kiocb_end_write(struct kiocb *iocb)
+{
+	kiocb_end_write(iocb);
+}
+
+const struct cred *rust_helper_override_creds(const struct cred *cred)
+{
+	return override_creds(cred);
+}
+
+void rust_helper_revert_creds(const struct cred *cred)
+{
+	revert_creds(cred);
+}
+
 unsigned int rust_helper_memalloc_noio_save(void)
 {
 	return memalloc_noio_save();

@@ -5,6 +5,10 @@
 
 #include <linux/blkdev.h>
 #include <linux/bottom_half.h>
+#include <linux/cgroup.h>
+#include <linux/cred.h>
+#include <linux/fs.h>
+#include <linux/kthread.h>
 #include <linux/llist.h>
 #include <linux/sched.h>
 #include <linux/sched/clock.h>
@@ -24,6 +28,18 @@ bool rust_helper_bdev_is_zoned(struct block_device *bdev);
 void rust_helper_bdev_limits(struct block_device *bdev, struct queue_limits *to);
 bool rust_helper_bdev_zone_writes_queue(struct block_device *bdev);
 bool rust_helper_bdev_zone_info_cached(struct block_device *bdev);
+
+struct cgroup_subsys_state *rust_helper_current_io_css(void);
+void rust_helper_css_put(struct cgroup_subsys_state *css);
+void rust_helper_associate_blkcg(struct cgroup_subsys_state *css);
+
+struct file *rust_helper_get_file(struct file *file);
+loff_t rust_helper_i_size_read(const struct inode *inode);
+bool rust_helper_sb_rdonly(const struct super_block *sb);
+int rust_helper_file_getattr(struct file *file, struct kstat *stat, u32 mask);
+void rust_helper_kiocb_end_write(struct kiocb *iocb);
+const struct cred *rust_helper_override_creds(const struct cred *cred);
+void rust_helper_revert_creds(const struct cred *cred);
 
 unsigned int rust_helper_memalloc_noio_save(void);
 void rust_helper_memalloc_noio_restore(unsigned int flags);

@@ -6,7 +6,7 @@
 //! `include/uapi/linux/virtio_blk.h` of the kernel.
 
 use crate::bindings::{
-    block::BlockDevice,
+    block::Backend,
     raw, //
 };
 use kernel::{
@@ -170,7 +170,7 @@ impl Info {
     }
 
     /// Sets the fields of a backend, of which a zone append may be of so many sectors.
-    pub(crate) fn set_backend(&mut self, backend: &BlockDevice, max_zone_append_sectors: u32) {
+    pub(crate) fn set_backend(&mut self, backend: &Backend, max_zone_append_sectors: u32) {
         let limits = backend.limits();
         let info = &mut self.0;
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::bindings::{
     block::{
-        BlockDevice,
+        Backend,
         Submitter, //
     },
     chardev, compat,
@@ -80,6 +80,9 @@ const FEATURES: u64 = 1 << feature::SIZE_MAX
 /// Features of `VHOST_GET_BACKEND_FEATURES`.
 const BACKEND_FEATURES: u64 = 1 << backend_feature::IOTLB_MSG_V2;
 
+/// Tasks of a device that may wait for its disk at the same time.
+const SUBMITTERS: i32 = 4;
+
 /// What user space sets and all virtqueues use.
 #[pin_data]
 pub(crate) struct Settings {
@@ -95,7 +98,7 @@ impl Settings {
         try_pin_init!(Self {
             writeback: Atomic::new(true),
             serial <- new_mutex!([0; SERIAL_LEN]),
-            submitter: Submitter::new()?,
+            submitter: Submitter::new(SUBMITTERS)?,
         }? Error)
     }
 
@@ -216,11 +219,11 @@ impl Device {
         Ok(result)
     }
 
-    /// Starts every virtqueue that is set up on the block device `fd`.
+    /// Starts every virtqueue that is set up on the block device or image file `fd`.
     fn start(&self, fd: i32) -> Result<isize> {
         let device = self.vhost.lock();
         device.check_owner()?;
-        let backend = block_device(fd)?;
+        let backend = backend(fd)?;
 
         if device.virtqueues().any(|vq| vq.lock().is_running()) {
             return Err(EBUSY);
@@ -302,14 +305,14 @@ impl Device {
         }
         drop(device);
         if let Some(fd) = fd {
-            set_backend(&mut info, &block_device(fd)?);
+            set_backend(&mut info, &backend(fd)?);
         }
         info.write_to(arg, len)?;
         Ok(0)
     }
 }
 
-fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<BlockDevice>, direct: bool) -> Result {
+fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<Backend>, direct: bool) -> Result {
     for vq in device.virtqueues() {
         let mut guard = vq.lock();
         if guard.is_set_up() {
@@ -321,13 +324,13 @@ fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<BlockDevice>, direct
 }
 
 /// Sets the fields of a backend: what it can do, as far as the device can make use of it.
-fn set_backend(info: &mut Info, backend: &BlockDevice) {
+fn set_backend(info: &mut Info, backend: &Backend) {
     info.set_backend(backend, zone::max_append_sectors(backend));
 }
 
-/// The block device behind a descriptor: see [`BlockDevice::from_fd`].
-fn block_device(fd: i32) -> Result<BlockDevice> {
-    BlockDevice::from_fd(u32::try_from(fd).map_err(|_| EBADF)?)
+/// What is behind a descriptor: see [`Backend::from_fd`].
+fn backend(fd: i32) -> Result<Backend> {
+    Backend::from_fd(u32::try_from(fd).map_err(|_| EBADF)?)
 }
 
 /// `EOPNOTSUPP` if there are other features than those offered.

@@ -35,9 +35,9 @@ use super::{
 use crate::bindings::{
     block::{
         self,
+        Backend,
         Bio,
         BioError,
-        BlockDevice,
         Finished,
         Op, //
     },
@@ -103,7 +103,7 @@ impl InZone {
 }
 
 /// What goes for the backend's zones; `None` if it is not zoned.
-pub(super) fn limits(backend: &BlockDevice) -> Option<Limits> {
+pub(super) fn limits(backend: &Backend) -> Option<Limits> {
     let limits = backend.zone_limits()?;
     Some(Limits {
         zone_sectors: limits.zone_sectors,
@@ -115,7 +115,7 @@ pub(super) fn limits(backend: &BlockDevice) -> Option<Limits> {
 
 /// Most sectors of a zone append to `backend` that always fits one bio: the smaller of what may be bounced,
 /// and of the disk's own limits. 0 if it is not zoned.
-pub(super) fn max_append_sectors(backend: &BlockDevice) -> u32 {
+pub(super) fn max_append_sectors(backend: &Backend) -> u32 {
     let Some(limits) = backend.zone_limits() else {
         return 0;
     };
@@ -130,7 +130,7 @@ pub(super) fn max_append_sectors(backend: &BlockDevice) -> u32 {
 ///
 /// The status to complete the request with.
 pub(super) fn check_write(
-    backend: &BlockDevice,
+    backend: &Backend,
     sector: u64,
     len: u64,
     limits: &Limits,
@@ -258,7 +258,7 @@ fn write_all(memory: &mut OwnedUserIter, data: &[u8]) -> Result {
 fn append(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, block_size: u32) -> Outcome {
     let guard = chain.guard();
     let little_endian = guard.is_little_endian();
-    let zones = guard.backend().and_then(BlockDevice::zone_limits);
+    let zones = guard.backend().and_then(Backend::zone_limits);
     let (Some(backend), Some(zones)) = (guard.backend(), zones) else {
         return submit::complete(chain, Status::IoErr, 0);
     };
@@ -323,7 +323,7 @@ fn append(chain: DescChain<'_, '_, Queue>, op: Op, sector: u64, block_size: u32)
 /// A report of zones, which is made piece by piece: the disk is asked in a kernel thread, and what it said
 /// is copied to the guest by the worker.
 pub(super) struct Report {
-    backend: Arc<BlockDevice>,
+    backend: Arc<Backend>,
     /// Where the next descriptor goes.
     memory: OwnedUserIter,
     little_endian: bool,

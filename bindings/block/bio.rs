@@ -5,7 +5,14 @@
 //! C headers: `include/linux/bio.h`, `include/linux/blk_types.h`.
 
 use super::{
-    device::BlockDevice,
+    backend::{
+        Backend,
+        File, //
+    },
+    image::{
+        self,
+        Image, //
+    },
     submitter::Submitter, //
 };
 use crate::bindings::{
@@ -52,8 +59,24 @@ const MAX_BIO_LEN: u32 = (MAX_BIO_PAGES * raw::PAGE_SIZE) as u32;
 struct Prefix {
     /// The next bio of the same request.
     next: *mut raw::bio,
+    /// The image that the bio is on; null if it is on a block device.
+    image: *const Image,
     /// Whether the bio's pages are the kernel's own, to bounce through, and not pinned.
     bounces: bool,
+}
+
+impl Prefix {
+    /// That of a new bio.
+    #[inline]
+    fn new(backend: &Backend) -> Self {
+        Self {
+            next: core::ptr::null_mut(),
+            image: backend
+                .image()
+                .map_or(core::ptr::null(), core::ptr::from_ref),
+            bounces: false,
+        }
+    }
 }
 
 fn prefix(bio: NonNull<raw::bio>) -> *mut Prefix {
@@ -126,7 +149,7 @@ impl BioSet {
     #[inline]
     pub(crate) fn alloc<'a>(
         self: Pin<&'a Self>,
-        device: &BlockDevice,
+        device: &Backend,
         op: Op,
         sector: u64,
         pages: usize,
@@ -155,10 +178,7 @@ impl BioSet {
         // SAFETY: The bio is ours alone, and a `Prefix` is before it.
         unsafe {
             (*bio.as_ptr()).bi_iter.bi_sector = sector;
-            prefix(bio).write(Prefix {
-                next: core::ptr::null_mut(),
-                bounces: false,
-            });
+            prefix(bio).write(Prefix::new(device));
         }
         // INVARIANT: The bio is new, holds no pages, and nobody else has it.
         Some(Bio {
@@ -231,7 +251,7 @@ impl BioRoom {
     #[inline]
     pub(in crate::bindings) unsafe fn fill<'a>(
         &self,
-        device: &BlockDevice,
+        device: &Backend,
         op: Op,
         sector: u64,
     ) -> Option<Bio<'a, Building>> {
@@ -250,10 +270,10 @@ impl BioRoom {
                 op.flags(),
             );
             (*bio).bi_iter.bi_sector = sector;
-            self.prefix.get().cast::<Prefix>().write(Prefix {
-                next: core::ptr::null_mut(),
-                bounces: false,
-            });
+            self.prefix
+                .get()
+                .cast::<Prefix>()
+                .write(Prefix::new(device));
         }
         // INVARIANT: The bio is initialised.
         self.taken.store(true, ordering::Relaxed);
@@ -472,9 +492,10 @@ impl<State> Bio<'_, State> {
 impl Bio<'_, Building> {
     /// Whether it is on `device`.
     #[inline]
-    pub(in crate::bindings) fn is_on(&self, device: &BlockDevice) -> bool {
-        // SAFETY: By the type invariant the bio is ours.
-        unsafe { (*self.raw.as_ptr()).bi_bdev == device.as_raw() }
+    pub(in crate::bindings) fn is_on(&self, device: &Backend) -> bool {
+        // SAFETY: By the type invariant the bio is ours, with its prefix.
+        let (bdev, image) = unsafe { ((*self.raw.as_ptr()).bi_bdev, (*prefix(self.raw)).image) };
+        bdev == device.as_raw() && image == Prefix::new(device).image
     }
 
     /// Bytes of data in it.
@@ -780,7 +801,7 @@ impl<State> Drop for Bio<'_, State> {
 }
 
 /// `REQ_OP_MASK` of `include/linux/blk_types.h`, an expression that bindgen does not evaluate.
-const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;
+pub(super) const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;
 
 /// The bios of one request: those that are built, that are in flight, and that are finished.
 ///
@@ -930,14 +951,38 @@ impl PendingBios {
         }
     }
 
-    /// Submits all bios of the list, in order. If there are none, completes at once.
+    /// Submits all bios of the list, in order. If there are none, completes at once. Those on an image are
+    /// submitted by another task.
     ///
     /// # Safety
     ///
     /// As for [`PendingBios::add`]. The caller gives up ownership: when this returns, everything may
-    /// be complete already. The bios' devices must stay open until then.
+    /// be complete already. The bios' backends must stay open until then, and this object must not move or go
+    /// before.
     #[inline]
     pub(in crate::bindings) unsafe fn submit(&self) {
+        // SAFETY: The caller owns this object.
+        if let Some(first) = NonNull::new(unsafe { *self.first.get() }) {
+            // SAFETY: The list owns the bio. The image is open until the bio is done.
+            if let Some(image) = unsafe { (*prefix(first)).image.as_ref() } {
+                // SAFETY: As above.
+                let op = unsafe { (*first.as_ptr()).bi_opf } & REQ_OP_MASK;
+                let pending = Pending(self.into());
+                // SAFETY: The caller promises what this asks for; `file` is that of the bios.
+                return image.spawn(op, move |file| unsafe { pending.submit_to(file) });
+            }
+        }
+        // SAFETY: The caller promises it. `start()` gives bios that are complete, and `end_io()` takes them back.
+        unsafe { self.start(|bio| raw::submit_bio(bio)) };
+    }
+
+    /// Passes all bios of the list to `submit`, in order. If there are none, completes at once.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::submit`]. `submit` must give each bio to somebody who calls its `bi_end_io`.
+    #[inline]
+    unsafe fn start(&self, submit: impl Fn(*mut raw::bio)) {
         // SAFETY: The caller owns this object.
         let mut bio = unsafe { *self.first.get() };
         let mut count = 0;
@@ -963,8 +1008,7 @@ impl PendingBios {
             // The last bio may take this object with it, so look ahead.
             // SAFETY: The bio is not submitted yet, so it is still ours.
             bio = unsafe { (*prefix(raw)).next };
-            // SAFETY: The bio is complete, and `end_io()` takes it back.
-            unsafe { raw::submit_bio(raw.as_ptr()) };
+            submit(raw.as_ptr());
         }
     }
 
@@ -977,23 +1021,12 @@ impl PendingBios {
     pub(in crate::bindings) unsafe fn submit_by(
         &self,
         submitter: &Submitter,
-        device: Arc<BlockDevice>,
+        device: Arc<Backend>,
     ) {
-        struct Pending(NonNull<PendingBios>);
-        // SAFETY: `PendingBios` is `Sync`.
-        unsafe impl Send for Pending {}
-
-        impl Pending {
-            fn submit(self) {
-                // SAFETY: The caller of `submit_by()` promises what `submit()` asks for, and that the
-                // object is there until the last bio is done: `submit()` submits it.
-                unsafe { self.0.as_ref().submit() };
-            }
-        }
-
         let pending = Pending(self.into());
         let submit = move || {
-            pending.submit();
+            // SAFETY: The caller promises what `submit()` asks for.
+            unsafe { pending.submit() };
             drop(device);
         };
         if submitter.spawn(submit).is_err() {
@@ -1011,6 +1044,34 @@ impl PendingBios {
         // SAFETY: By the type invariant the list outlives this object; nothing is in flight, and the
         // node is in no list.
         unsafe { self.completions.as_ref().push(self.node()) };
+    }
+}
+
+/// Bios that another task submits.
+#[derive(Copy, Clone)]
+struct Pending(NonNull<PendingBios>);
+
+// SAFETY: `PendingBios` is `Sync`.
+unsafe impl Send for Pending {}
+
+impl Pending {
+    /// # Safety
+    ///
+    /// As for [`PendingBios::submit`].
+    unsafe fn submit(self) {
+        // SAFETY: The caller promises what `submit()` asks for, and that the object is there until the last
+        // bio is done: `submit()` submits it.
+        unsafe { self.0.as_ref().submit() };
+    }
+
+    /// Has the filesystem of `file` do what the bios say.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::submit`]; and the bios must be on the image in `file`.
+    unsafe fn submit_to(self, file: &File) {
+        // SAFETY: As in `submit()`. Each bio is complete, and `end_io()` takes it back.
+        unsafe { self.0.as_ref().start(|bio| image::submit(file, bio)) };
     }
 }
 

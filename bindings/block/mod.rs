@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The block layer: devices, their zones, bios and plugs.
+//! The block layer: devices and image files, zones, bios and plugs.
 
+mod backend;
 mod bio;
-mod device;
+mod image;
 mod plug;
 mod submitter;
 mod zone;
 
+pub(crate) use backend::Backend;
 pub(crate) use bio::{
     Bio,
     BioError,
@@ -20,7 +22,6 @@ pub(crate) use bio::{
     PendingBios,
     MAX_BIO_PAGES, //
 };
-pub(crate) use device::BlockDevice;
 pub(crate) use plug::{
     run_softirqs,
     with_plug, //

@@ -25,22 +25,15 @@ unsafe impl Send for Submitter {}
 unsafe impl Sync for Submitter {}
 
 impl Submitter {
-    /// Tasks that may wait at the same time.
-    const TASKS: i32 = 4;
-
-    /// A workqueue, whose tasks are made when they are needed.
+    /// A workqueue of which up to `tasks` tasks may wait at the same time. They are made when they are needed.
     ///
     /// # Errors
     ///
     /// `ENOMEM`. Context: may sleep.
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(tasks: i32) -> Result<Self> {
         // SAFETY: The name is a string without conversions, so no more arguments are read.
         let raw = unsafe {
-            raw::alloc_workqueue_noprof(
-                c"vhost-blk".as_char_ptr(),
-                raw::wq_flags_WQ_UNBOUND,
-                Self::TASKS,
-            )
+            raw::alloc_workqueue_noprof(c"vhost-blk".as_char_ptr(), raw::wq_flags_WQ_UNBOUND, tasks)
         };
         // INVARIANT: It is new.
         Ok(Self(NonNull::new(raw).ok_or(ENOMEM)?))

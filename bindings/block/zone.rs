@@ -4,7 +4,10 @@
 //!
 //! C headers: `include/linux/blkdev.h`, `include/uapi/linux/blkzoned.h`.
 
-use super::device::BlockDevice;
+use super::backend::{
+    queue_limits,
+    Backend, //
+};
 use crate::bindings::raw;
 use kernel::{
     error::to_result,
@@ -67,12 +70,14 @@ impl Zone {
     }
 }
 
-impl BlockDevice {
+impl Backend {
     /// Whether the disk is host-managed zoned.
     #[inline]
     pub(crate) fn is_zoned(&self) -> bool {
-        // SAFETY: The reference to the file keeps the block device and its queue alive.
-        unsafe { raw::rust_helper_bdev_is_zoned(self.as_raw()) }
+        self.device().is_some_and(|bdev| {
+            // SAFETY: The reference to the file keeps the block device and its queue alive.
+            unsafe { raw::rust_helper_bdev_is_zoned(bdev) }
+        })
     }
 
     /// What the disk takes, if it is zoned.
@@ -80,12 +85,13 @@ impl BlockDevice {
         if !self.is_zoned() {
             return None;
         }
-        let limits = self.queue_limits();
+        let bdev = self.device()?;
         // SAFETY: The reference to the file keeps the block device and its queue alive.
-        let (zone_sectors, writes_queue) = unsafe {
+        let (limits, zone_sectors, writes_queue) = unsafe {
             (
-                raw::rust_helper_bdev_zone_sectors(self.as_raw()),
-                raw::rust_helper_bdev_zone_writes_queue(self.as_raw()),
+                queue_limits(bdev),
+                raw::rust_helper_bdev_zone_sectors(bdev),
+                raw::rust_helper_bdev_zone_writes_queue(bdev),
             )
         };
         (zone_sectors != 0).then(|| ZoneLimits {
@@ -100,23 +106,26 @@ impl BlockDevice {
 
     /// Whether a sector is known to be of a sequential zone.
     pub(crate) fn is_sequential(&self, sector: u64) -> bool {
-        // SAFETY: The reference to the file keeps the block device alive; any number may be asked for.
-        unsafe { raw::bdev_zone_is_seq(self.as_raw(), sector) }
+        self.device().is_some_and(|bdev| {
+            // SAFETY: The reference to the file keeps the block device alive; any number may be asked for.
+            unsafe { raw::bdev_zone_is_seq(bdev, sector) }
+        })
     }
 
     /// What the kernel knows of the zone of a sector; `None` if it does not keep account.
     ///
     /// Context: may sleep, but asks the disk only if a write to that zone failed before.
     pub(crate) fn known_zone(&self, sector: u64) -> Option<Zone> {
+        let bdev = self.device()?;
         let mut zone = raw::blk_zone::default();
         // SAFETY: The reference to the file keeps the block device alive; `zone` is written. Memory is
         // allocated without waiting for disks, since the caller may be what they wait for.
         let result = unsafe {
-            if !raw::rust_helper_bdev_zone_info_cached(self.as_raw()) {
+            if !raw::rust_helper_bdev_zone_info_cached(bdev) {
                 return None;
             }
             let flags = raw::rust_helper_memalloc_noio_save();
-            let result = raw::blkdev_get_zone_info(self.as_raw(), sector, &mut zone);
+            let result = raw::blkdev_get_zone_info(bdev, sector, &mut zone);
             raw::rust_helper_memalloc_noio_restore(flags);
             result
         };
@@ -129,7 +138,7 @@ impl BlockDevice {
     ///
     /// # Errors
     ///
-    /// Those of `f` and of the disk.
+    /// Those of `f` and of the disk; `ENOTBLK` for an image.
     pub(crate) fn report_zones<F: FnMut(Zone) -> Result>(
         &self,
         sector: u64,
@@ -149,13 +158,14 @@ impl BlockDevice {
             f(Zone(zone)).map_or_else(|error| error.to_errno(), |()| 0)
         }
 
+        let bdev = self.device().ok_or(ENOTBLK)?;
         // SAFETY: The reference to the file keeps the block device alive. The callback is called until
         // this returns, one call at a time, with `f`, which lives as long. Memory is allocated as in
         // `known_zone()`.
         let result = unsafe {
             let flags = raw::rust_helper_memalloc_noio_save();
             let result = raw::blkdev_report_zones(
-                self.as_raw(),
+                bdev,
                 sector,
                 count,
                 Some(callback::<F>),

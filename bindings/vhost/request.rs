@@ -12,9 +12,9 @@ use super::{
 };
 use crate::bindings::{
     block::{
+        Backend,
         Bio,
         BioRoom,
-        BlockDevice,
         Building,
         Finished,
         PendingBios,
@@ -337,7 +337,7 @@ impl<'a, T: Operations> Request<'a, T> {
     ///
     /// The virtqueue may be stopped, and without a backend, before the task has returned:
     /// [`Submitter::flush`] waits for it.
-    pub(crate) fn submit_by(self, submitter: &Submitter, backend: Arc<BlockDevice>) {
+    pub(crate) fn submit_by(self, submitter: &Submitter, backend: Arc<Backend>) {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.

@@ -45,10 +45,10 @@ use super::{
 };
 use crate::bindings::{
     block::{
+        Backend,
         Bio,
         BioRoom,
         BioSet,
-        BlockDevice,
         Building,
         Op,
         PendingBios, //
@@ -130,7 +130,7 @@ pub(crate) trait Operations: Sized + Send + 'static {
 struct Inner<T: Operations> {
     data: T,
     /// The backend, from the start until the last request of it is complete.
-    backend: Option<Arc<BlockDevice>>,
+    backend: Option<Arc<Backend>>,
     /// One slot for each descriptor.
     slots: VVec<Slot<T::Request>>,
     /// Memory of the chain that is being looked at.
@@ -535,7 +535,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// `EBUSY` if a backend runs or requests are in flight, `EFAULT` if the rings are not
     /// accessible (with a device IOTLB the worker finds that), `EINVAL` if the ring is larger than
     /// [`MAX_QUEUE_SIZE`], `ENOMEM`.
-    pub(crate) fn start(&mut self, backend: Arc<BlockDevice>, direct: bool) -> Result {
+    pub(crate) fn start(&mut self, backend: Arc<Backend>, direct: bool) -> Result {
         if self.is_running() || !self.is_idle() {
             return Err(EBUSY);
         }
@@ -760,12 +760,12 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// The backend, if one runs or requests of it are in flight.
     #[inline]
-    pub(crate) fn backend(&self) -> Option<&BlockDevice> {
+    pub(crate) fn backend(&self) -> Option<&Backend> {
         self.inner().backend.as_deref()
     }
 
     /// The backend as [`VirtqueueGuard::backend`], for a request to keep.
-    pub(crate) fn share_backend(&self) -> Option<Arc<BlockDevice>> {
+    pub(crate) fn share_backend(&self) -> Option<Arc<Backend>> {
         self.inner().backend.clone()
     }
 

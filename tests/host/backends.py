@@ -4,8 +4,8 @@
 import os
 
 import ktap
-from disks import (Crypt, Linear, Loop, Mapped, Nbd, NullBlk, Nvme, Partition, Raid1, ScsiDebug,
-                   Thin, sh)
+from disks import (Crypt, Ext4, Image, Linear, Loop, Mapped, Nbd, NullBlk, Nvme, Partition, Raid1,
+                   ScsiDebug, Thin, Xfs, sh)
 from ktap import Test
 
 OPTIONS = None
@@ -109,6 +109,21 @@ def test_table_resized():
               reload(disk, f"0 {48 << 11} {line}"))
 
 
+def test_image_resized():
+    """An image file grows and shrinks under load."""
+    load()
+    with Image(Ext4(NullBlk(size=96)), 48) as disk:
+        event("resized", disk, f"truncate -s 64M {disk.path}", f"truncate -s 48M {disk.path}")
+
+
+def test_image_waits():
+    """The disk under an image file is suspended with requests in flight, and resumed."""
+    load()
+    with Image(Ext4(Linear(NullBlk(irqmode=2, nsec=1000000, size=80)))) as disk:
+        lower = disk.filesystem.lower.name
+        event("waits", disk, f"dmsetup suspend {lower}", f"dmsetup resume {lower}")
+
+
 def slow():
     """A disk that has requests in flight for a while."""
     return NullBlk(irqmode=2, nsec=1000000)
@@ -121,6 +136,8 @@ BACKENDS = {
     "md raid1": lambda: Raid1(NullBlk(), NullBlk()),
     "nbd": Nbd,
     "NVMe over TCP": lambda: Nvme(NullBlk()),
+    "an image file on ext4": lambda: Image(Ext4(NullBlk(size=80)), sparse=True),
+    "an image file on xfs with 4096-byte blocks": lambda: Image(Xfs(ScsiDebug(size=320, block_size=4096))),
 }
 
 # Those of which the tests of what happens to disks already have one.
@@ -143,5 +160,7 @@ TESTS = [
     test_suspended,
     test_set_read_only,
     test_resized,
+    test_image_resized,
+    ktap.test(test_image_waits, long=True),
     ktap.test(test_table_resized, long=True),
 ]

@@ -284,21 +284,57 @@ class ScsiDebug(Disk):
         sh("rmmod", "scsi_debug")
 
 
-class Ext4(Disk):
-    """An ext4 filesystem on another disk, which it closes at its end, mounted at `path`."""
+class Filesystem(Disk):
+    """A filesystem on another disk, which it closes at its end, mounted at `path`."""
 
-    def __init__(self, lower):
+    def __init__(self, lower, kind, *make):
         self.lower = lower
-        self.kind = f"ext4 on {lower.kind}"
-        self.path = f"/run/ext4-{time.monotonic_ns()}"
-        sh("mkfs.ext4", "-q", lower.path)
+        self.kind = f"{kind} on {lower.kind}"
+        self.path = f"/run/{kind}-{time.monotonic_ns()}"
+        sh(f"mkfs.{kind}", "-q", *make, lower.path)
         os.mkdir(self.path)
-        sh("mount", "-t", "ext4", lower.path, self.path)
+        sh("mount", "-t", kind, lower.path, self.path)
 
     def close(self):
         sh("umount", self.path)
         os.rmdir(self.path)
         self.lower.close()
+
+
+class Ext4(Filesystem):
+    """An ext4 filesystem."""
+
+    def __init__(self, lower):
+        super().__init__(lower, "ext4")
+
+
+class Xfs(Filesystem):
+    """An XFS filesystem; its disk has 300 MiB or more."""
+
+    def __init__(self, lower):
+        super().__init__(lower, "xfs")
+
+
+class Image(Disk):
+    """A raw image file of `size` MiB on a filesystem, which it closes at its end. sparse: it is all holes."""
+
+    def __init__(self, filesystem, size=40, sparse=False):
+        self.filesystem = filesystem
+        self.path = f"{filesystem.path}/image"
+        self.kind = f"image on {filesystem.kind}"
+        with open(self.path, "wb") as file:
+            if sparse:
+                file.truncate(size << 20)
+            for _ in range(0 if sparse else size):
+                file.write(bytes(1 << 20))
+            os.fsync(file)
+
+    def allocated(self):
+        """Bytes of the filesystem's space that it has."""
+        return os.stat(self.path).st_blocks * 512
+
+    def close(self):
+        self.filesystem.close()
 
 
 class Mapped(Disk):

@@ -17,11 +17,12 @@
 #define VHOST_BLK_ABI_VERSION		1
 
 /*
- * Start the device on a block device, or stop it.
+ * Start the device on a block device or an image file, or stop it.
  *
  * vhost_vring_file.index is ignored. vhost_vring_file.fd is an open block
- * device, which starts every virtqueue whose ring is set up, or -1, which
- * stops all of them and returns when every request in flight is complete.
+ * device or regular file, which starts every virtqueue whose ring is set up,
+ * or -1, which stops all of them and returns when every request in flight is
+ * complete.
  */
 #define VHOST_BLK_SET_BACKEND		_IOW(VHOST_VIRTIO, 0xFF, \
 					     struct vhost_vring_file)
@@ -51,8 +52,8 @@
  * struct vhost_blk_info - what the device and a backend can do
  * @argsz: in: size in bytes of the caller's structure; out: size of the
  *	kernel's. The kernel writes the smaller of both.
- * @fd: in: a block device to ask about, or -1 for the running backend (if
- *	none runs, the backend's fields are 0)
+ * @fd: in: a block device or image file to ask about, or -1 for the running
+ *	backend (if none runs, the backend's fields are 0)
  * @abi_version: VHOST_BLK_ABI_VERSION of the kernel
  * @flags: VHOST_BLK_INFO_*
  * @capabilities: VHOST_BLK_CAP_*

@@ -715,11 +715,7 @@ fn backend_fd(context: &Context) -> Result<()> {
         .spawn()?;
     let pipe = waiting.stdin.take().context("no pipe")?;
     let files = [
-        (
-            "a regular file",
-            OwnedFd::from(File::open("/proc/self/exe")?),
-        ),
-        ("a folder", File::open("/")?.into()),
+        ("a folder", OwnedFd::from(File::open("/")?)),
         ("/dev/null", File::open("/dev/null")?.into()),
         ("a socket", socket.into()),
         ("a pipe", pipe.into()),
@@ -735,6 +731,11 @@ fn backend_fd(context: &Context) -> Result<()> {
         "an eventfd",
         device.set_backend_raw(0, event),
         libc::ENOTBLK,
+    )?;
+    fails(
+        "a file without direct I/O",
+        device.set_backend(File::open("/proc/self/maps")?),
+        libc::EINVAL,
     )?;
     fails(
         "a disk opened write-only",

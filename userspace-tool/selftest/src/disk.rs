@@ -101,8 +101,8 @@ pub(crate) fn prepare(path: &Path) -> Result<()> {
         .metadata()
         .with_context(|| format!("{}", path.display()))?;
     ensure!(
-        meta.file_type().is_block_device(),
-        "{} is no block device",
+        meta.file_type().is_block_device() || meta.is_file(),
+        "{} is neither a block device nor an image file",
         path.display()
     );
     let disk = Disk::open(path)?;

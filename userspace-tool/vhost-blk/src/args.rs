@@ -75,7 +75,7 @@ pub(crate) enum WorkerModeArg {
 
 #[derive(Debug, Group)]
 pub(crate) struct ExerciseArgs {
-    /// The block device to exercise; it must not be mounted or in use
+    /// The block device or image file to exercise; it must not be mounted or in use
     #[arg(long, value_name = "DISK", required_unless_present = "list")]
     pub(crate) disk: Option<PathBuf>,
     /// Write too: overwrites --write-size at --write-at, and puts it back at the end

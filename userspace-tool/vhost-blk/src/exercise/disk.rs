@@ -14,17 +14,20 @@ use vhost_blk_ring::request::SECTOR_SIZE;
 /// How much is read or written at once, bytes.
 const CHUNK: usize = 1 << 20;
 
-/// A block device that nobody else uses.
+/// A block device or image file that nobody else uses.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    /// Opened exclusively; this is what the module gets.
+    /// Opened exclusively, if it is a block device; this is what the module gets.
     backend: File,
     /// For the host's own view.
     direct: File,
     capacity: u64,
     block: usize,
     read_only: bool,
-    sysfs: Sysfs,
+    /// None of an image file.
+    sysfs: Option<Sysfs>,
+    /// Bytes of the unit in which a filesystem has space for a file.
+    unit: u64,
 }
 
 /// A copy of a piece of the disk.
@@ -39,8 +42,9 @@ impl Disk {
     pub(crate) fn open(path: &Path, write: bool) -> Result<Self> {
         let shown = path.display();
         let meta = fs::metadata(path).with_context(|| format!("cannot look at {shown}"))?;
-        if !meta.file_type().is_block_device() {
-            bail!("{shown} is not a block device");
+        let image = meta.file_type().is_file();
+        if !image && !meta.file_type().is_block_device() {
+            bail!("{shown} is neither a block device nor an image file");
         }
         // O_EXCL of a block device: not while it is mounted or held by another.
         let backend = open(path, write, libc::O_EXCL).map_err(|error| {
@@ -53,14 +57,20 @@ impl Disk {
         })?;
         let direct = open(path, write, libc::O_DIRECT)
             .with_context(|| format!("cannot open {shown} for direct I/O"))?;
-        let sysfs = Sysfs::of(meta.rdev());
+        // An image's filesystem is on a device, whose blocks are the units of direct I/O.
+        let sysfs = Sysfs::of(if image { meta.dev() } else { meta.rdev() });
         let disk = Disk {
             backend,
             direct,
-            capacity: sysfs.number("size")?,
+            capacity: if image {
+                meta.len() / SECTOR_SIZE as u64
+            } else {
+                sysfs.number("size")?
+            },
             block: usize::try_from(sysfs.queue_number("logical_block_size")?)?,
             read_only: sysfs.number("ro")? != 0,
-            sysfs,
+            sysfs: (!image).then_some(sysfs),
+            unit: meta.blksize(),
         };
         if disk.capacity == 0 {
             bail!("{shown} has no medium");
@@ -120,19 +130,22 @@ impl Disk {
 
     /// Whether it has zones.
     pub(crate) fn is_zoned(&self) -> bool {
-        let model = self.sysfs.queue_text("zoned");
-        model.is_ok_and(|model| model != "none")
+        let model = self.sysfs.as_ref().map(|sysfs| sysfs.queue_text("zoned"));
+        model.is_some_and(|model| model.is_ok_and(|model| model != "none"))
     }
 
     /// How often it was flushed. None if it has no volatile cache, or if writes may pass through
-    /// that without a flush of their own (FUA).
+    /// that without a flush of their own (FUA), or if it is an image.
     pub(crate) fn flushes(&self) -> Result<Option<u64>> {
-        let cached = self.sysfs.queue_text("write_cache")? == "write back";
-        if !cached || self.sysfs.queue_number("fua")? != 0 {
+        let Some(sysfs) = &self.sysfs else {
+            return Ok(None);
+        };
+        let cached = sysfs.queue_text("write_cache")? == "write back";
+        if !cached || sysfs.queue_number("fua")? != 0 {
             return Ok(None);
         }
         // Documentation/block/stat.rst: the field before the last.
-        let stat = self.sysfs.text("stat")?;
+        let stat = sysfs.text("stat")?;
         let count = stat.split_whitespace().nth(15);
         let count = count.and_then(|count| count.parse().ok());
         Ok(Some(count.context("the kernel does not count flushes")?))
@@ -187,9 +200,12 @@ impl Disk {
     }
 
     /// How many sectors the disk was told to discard since it appeared; of disks that keep no
-    /// statistics, none.
+    /// statistics, and of images, none.
     pub(crate) fn discarded(&self) -> Result<u64> {
-        let path = self.sysfs.0.join("stat");
+        let Some(sysfs) = &self.sysfs else {
+            return Ok(0);
+        };
+        let path = sysfs.0.join("stat");
         let text =
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         // Fields of reads, writes, and then discards: requests, merges, sectors, time.
@@ -199,7 +215,10 @@ impl Disk {
 
     /// Sectors that are discarded together; 0 if the disk cannot.
     pub(crate) fn discard_sectors(&self) -> Result<u64> {
-        let bytes = self.sysfs.queue_number("discard_granularity")?;
+        let bytes = match &self.sysfs {
+            Some(sysfs) => sysfs.queue_number("discard_granularity")?,
+            None => self.unit,
+        };
         Ok(bytes / SECTOR_SIZE as u64)
     }
 
@@ -279,9 +298,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_block_devices_are_disks() {
+    fn only_block_devices_and_files_are_disks() {
         let error = Disk::open(Path::new("/dev/null"), false).expect_err("a character device");
-        assert!(error.to_string().contains("not a block device"));
+        assert!(error.to_string().contains("neither a block device"));
         assert!(Disk::open(Path::new("/nonexistent"), false).is_err());
     }
 }

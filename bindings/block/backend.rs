@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A block device that user space opened.
+//! A block device or image file that user space opened.
 //!
 //! C headers: `include/linux/blkdev.h`, `include/linux/file.h`.
 
+use super::image::Image;
 use crate::bindings::raw;
 use core::ptr::NonNull;
 use kernel::{
@@ -11,19 +12,29 @@ use kernel::{
     prelude::*, //
 };
 
-/// An open block device, held through the file that user space opened.
+/// What a disk's data is on: an open block device or image file, held through the file that user space opened.
 ///
-/// The file's own mode says what may be done: see [`BlockDevice::writable`].
+/// The file's own mode says what may be done: see [`Backend::writable`].
+pub(crate) struct Backend {
+    kind: Kind,
+    /// The file is open for writing.
+    write_mode: bool,
+}
+
+enum Kind {
+    Device(Device),
+    Image(Image),
+}
+
+/// An open block device.
 ///
 /// # Invariants
 ///
 /// `bdev` is the block device that `_file` is of, open for reading.
-pub(crate) struct BlockDevice {
+struct Device {
     /// Keeps `bdev` open.
     _file: File,
     bdev: *mut raw::block_device,
-    /// The file is open for writing.
-    write_mode: bool,
 }
 
 /// A reference to an open file.
@@ -31,7 +42,23 @@ pub(crate) struct BlockDevice {
 /// # Invariants
 ///
 /// This object holds a reference to the file.
-struct File(NonNull<raw::file>);
+pub(super) struct File(NonNull<raw::file>);
+
+impl File {
+    /// The C file.
+    pub(super) fn as_raw(&self) -> *mut raw::file {
+        self.0.as_ptr()
+    }
+}
+
+impl Clone for File {
+    fn clone(&self) -> Self {
+        // SAFETY: By the type invariant the file is open.
+        // INVARIANT: `get_file()` takes another reference.
+        unsafe { raw::rust_helper_get_file(self.as_raw()) };
+        Self(self.0)
+    }
+}
 
 impl Drop for File {
     fn drop(&mut self) {
@@ -41,10 +68,14 @@ impl Drop for File {
 }
 
 // SAFETY: A `struct file` is reference-counted and may be used and released by any thread.
-unsafe impl Send for BlockDevice {}
-// SAFETY: The methods read the file's constant fields, or call functions of the block layer that
+unsafe impl Send for File {}
+// SAFETY: What is read of it is constant, or the functions that are called do their own locking.
+unsafe impl Sync for File {}
+// SAFETY: A block device may be used by any thread, and so may its file.
+unsafe impl Send for Device {}
+// SAFETY: What is read of it is constant, or read as a copy of what may change, or the functions that are called
 // do their own locking.
-unsafe impl Sync for BlockDevice {}
+unsafe impl Sync for Device {}
 
 /// What a device can do; see `struct queue_limits` for each field.
 ///
@@ -79,65 +110,103 @@ pub(crate) struct Limits {
     pub(crate) rotational: bool,
 }
 
-impl BlockDevice {
-    /// Takes a reference to the block device behind a descriptor of the calling task.
+impl Backend {
+    /// Takes a reference to the block device or image file behind a descriptor of the calling task.
     ///
     /// # Errors
     ///
-    /// `EBADF` if there is no such descriptor, `ENOTBLK` if it is no block device, `EINVAL` if it
-    /// is not open for reading.
+    /// `EBADF` if there is no such descriptor, `ENOTBLK` if it is neither a block device nor a regular file,
+    /// `EINVAL` if it is not open for reading, or is a regular file that can do no direct I/O, or not in blocks
+    /// of up to 4096 bytes, or is open for appending; `ETXTBSY` if it is a file that is swapped to.
     pub(crate) fn from_fd(fd: u32) -> Result<Self> {
         // SAFETY: `fget()` may be called with any number.
         // INVARIANT: `fget()` took the reference.
         let file = File(NonNull::new(unsafe { raw::fget(fd) }).ok_or(EBADF)?);
-        let raw_file = file.0.as_ptr();
+        let raw_file = file.as_raw();
 
         // SAFETY: The file is open, so its inode and mode are set and do not change.
         let (inode_mode, mode) = unsafe { ((*(*raw_file).f_inode).i_mode, (*raw_file).f_mode) };
-        if u32::from(inode_mode) & raw::S_IFMT != raw::S_IFBLK {
+        let kind = u32::from(inode_mode) & raw::S_IFMT;
+        if kind != raw::S_IFBLK && kind != raw::S_IFREG {
             return Err(ENOTBLK);
         }
         if mode & FMODE_READ == 0 {
             return Err(EINVAL);
         }
-        // INVARIANT: The file is an open block device, so it has this.
+        let kind = if kind == raw::S_IFREG {
+            Kind::Image(Image::new(file)?)
+        } else {
+            // INVARIANT: The file is an open block device, so it has this.
+            Kind::Device(Device {
+                // SAFETY: As said.
+                bdev: unsafe { raw::file_bdev(raw_file) },
+                _file: file,
+            })
+        };
         Ok(Self {
-            // SAFETY: As said.
-            bdev: unsafe { raw::file_bdev(raw_file) },
+            kind,
             write_mode: mode & FMODE_WRITE != 0,
-            _file: file,
         })
     }
 
-    /// The C block device.
+    /// The C block device; null if it is an image.
     #[inline]
     pub(super) fn as_raw(&self) -> *mut raw::block_device {
-        self.bdev
+        self.device().unwrap_or(core::ptr::null_mut())
+    }
+
+    /// The C block device, if it is none but that.
+    #[inline]
+    pub(super) fn device(&self) -> Option<*mut raw::block_device> {
+        match &self.kind {
+            Kind::Device(device) => Some(device.bdev),
+            Kind::Image(_) => None,
+        }
+    }
+
+    /// The image file, if it is none but that.
+    #[inline]
+    pub(super) fn image(&self) -> Option<&Image> {
+        match &self.kind {
+            Kind::Device(_) => None,
+            Kind::Image(image) => Some(image),
+        }
     }
 
     /// Whether the descriptor was opened for writing and the disk takes writes now.
     #[inline]
     pub(crate) fn writable(&self) -> bool {
         self.write_mode
-            // SAFETY: The reference to the file keeps the block device alive.
-            && !unsafe { raw::rust_helper_bdev_read_only(self.as_raw()) }
+            && match &self.kind {
+                // SAFETY: The reference to the file keeps the block device alive.
+                Kind::Device(device) => !unsafe { raw::rust_helper_bdev_read_only(device.bdev) },
+                Kind::Image(image) => image.writable(),
+            }
     }
 
     /// The disk's size now, in sectors.
     #[inline]
     pub(crate) fn capacity(&self) -> u64 {
-        // SAFETY: The reference to the file keeps the block device alive. The read is volatile since the disk
-        // may change.
-        unsafe { (&raw const (*self.as_raw()).bd_nr_sectors).read_volatile() }
+        match &self.kind {
+            // SAFETY: The reference to the file keeps the block device alive. The read is volatile since the
+            // disk may change.
+            Kind::Device(device) => unsafe {
+                (&raw const (*device.bdev).bd_nr_sectors).read_volatile()
+            },
+            Kind::Image(image) => image.capacity(),
+        }
     }
 
     /// Bytes of the smallest unit that the disk reads and writes.
     #[inline]
     pub(crate) fn logical_block_size(&self) -> u32 {
-        // SAFETY: The reference to the file keeps the block device and its queue alive. The read is volatile
-        // since the limits may change.
-        unsafe {
-            (&raw const (*(*self.as_raw()).bd_queue).limits.logical_block_size).read_volatile()
+        match &self.kind {
+            // SAFETY: The reference to the file keeps the block device and its queue alive. The read is
+            // volatile since the limits may change.
+            Kind::Device(device) => unsafe {
+                (&raw const (*(*device.bdev).bd_queue).limits.logical_block_size).read_volatile()
+            },
+            Kind::Image(image) => image.block_size(),
         }
     }
 
@@ -145,38 +214,63 @@ impl BlockDevice {
     /// writes by itself.
     #[inline]
     pub(crate) fn dma_alignment(&self) -> u32 {
-        // SAFETY: As in `logical_block_size()`.
-        unsafe { (&raw const (*(*self.as_raw()).bd_queue).limits.dma_alignment).read_volatile() }
+        match &self.kind {
+            // SAFETY: As in `logical_block_size()`.
+            Kind::Device(device) => unsafe {
+                (&raw const (*(*device.bdev).bd_queue).limits.dma_alignment).read_volatile()
+            },
+            Kind::Image(image) => image.dma_alignment(),
+        }
     }
 
-    /// Writes back what the host's page cache holds of the disk, and drops it.
+    /// Writes back what the host's page cache holds of the disk; of a block device it drops it, too.
     ///
     /// Bios go past that cache, so without this a guest could read stale data, and the host later
-    /// overwrite the guest's. Pages that are mapped or held stay. Context: may sleep for long.
+    /// overwrite the guest's. Pages that are mapped or held stay. A filesystem sees to that by itself later.
+    /// Context: may sleep for long.
     ///
     /// # Errors
     ///
     /// The error of the write-back, such as `EIO`.
     pub(crate) fn sync_and_invalidate(&self) -> Result {
-        // SAFETY: The reference to the file keeps the block device alive.
-        to_result(unsafe { raw::sync_blockdev(self.as_raw()) })?;
-        // SAFETY: As above.
-        unsafe { raw::invalidate_bdev(self.as_raw()) };
-        Ok(())
-    }
-
-    /// The limits of its queue, each as it is or was a moment ago.
-    pub(super) fn queue_limits(&self) -> raw::queue_limits {
-        let mut limits = raw::queue_limits::default();
-        // SAFETY: The reference to the file keeps the block device and its queue alive; `limits` is written.
-        unsafe { raw::rust_helper_bdev_limits(self.as_raw(), &mut limits) };
-        limits
+        match &self.kind {
+            Kind::Device(device) => {
+                // SAFETY: The reference to the file keeps the block device alive.
+                to_result(unsafe { raw::sync_blockdev(device.bdev) })?;
+                // SAFETY: As above.
+                unsafe { raw::invalidate_bdev(device.bdev) };
+                Ok(())
+            }
+            Kind::Image(image) => image.sync(),
+        }
     }
 
     /// What the disk can do now.
     pub(crate) fn limits(&self) -> Limits {
-        let bdev = self.as_raw();
-        let limits = self.queue_limits();
+        match &self.kind {
+            Kind::Device(device) => device.limits(),
+            Kind::Image(image) => image.limits(),
+        }
+    }
+}
+
+/// The limits of a block device's queue, each as it is or was a moment ago.
+///
+/// # Safety
+///
+/// `bdev` must be an open block device.
+pub(super) unsafe fn queue_limits(bdev: *mut raw::block_device) -> raw::queue_limits {
+    let mut limits = raw::queue_limits::default();
+    // SAFETY: The caller promises that the block device is open, and so its queue is alive; `limits` is written.
+    unsafe { raw::rust_helper_bdev_limits(bdev, &mut limits) };
+    limits
+}
+
+impl Device {
+    fn limits(&self) -> Limits {
+        let bdev = self.bdev;
+        // SAFETY: By the type invariant it is open.
+        let limits = unsafe { queue_limits(bdev) };
         // SAFETY: The reference to the file keeps the block device alive.
         let (alignment_offset, zone_sectors, nr_zones, write_cache) = unsafe {
             (
