@@ -2,10 +2,11 @@
 """Tests of QEMU's device: what it refuses and why, its options, booting."""
 
 import os
+import re
 import subprocess
 
-from disks import Brd, Loop, NullBlk, settle, sh
-from ktap import Test
+from disks import Brd, Ext4, Image, NullBlk, settle, sh
+from ktap import Test, say
 from vm import Guest, QmpError
 
 OPTIONS = None
@@ -53,11 +54,47 @@ def test_refuse_format():
              f"file.filename={disk.path}", *DEVICE, expect="'node0' is 'qcow2'")
 
 
-def test_refuse_file():
-    """QEMU refuses a regular file."""
-    with Loop() as disk:
-        qemu("-blockdev", f"driver=file,node-name=node0,filename={disk.file}", *DEVICE,
-             expect="must be a 'host_device'")
+def test_image():
+    """A guest with a raw image file on ext4: what it writes, discards that free space, block_resize."""
+    with Image(Ext4(NullBlk(size=96)), 40) as disk, \
+            Guest("image", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel, OPTIONS.initrd,
+                  ["-blockdev", f"driver=file,node-name=node0,filename={disk.path},cache.direct=on,discard=unmap",
+                   *DEVICE]) as vm:
+        vm.start()
+        name = vm.run("ls /sys/block | grep vd")
+        vm.run("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --minimal --name=image "
+               f"--rw=randwrite --bs=4k --iodepth=16 --size=16m --do_verify=1 --filename=/dev/{name}")
+        before = disk.allocated()
+        vm.run(f"blkdiscard /dev/{name}")
+        say(f"{before} bytes allocated, {disk.allocated()} after the discards")
+        if before < 40 << 20 or disk.allocated() > 1 << 20:
+            raise AssertionError("the discards freed no space")
+
+        # It is all holes now. A full filesystem gives errors, and nothing hangs.
+        filler = f"{disk.filesystem.path}/filler"
+        for block in ("bs=64k", "bs=1k"):
+            sh("dd", "if=/dev/zero", f"of={filler}", block, "oflag=append", "conv=notrunc", check=False)
+        sh("sync", "-f", filler)
+        write = f"dd if=/dev/zero of=/dev/{name} bs=64k count=16 oflag=direct 2>/dev/null"
+        if vm.run(write, check=False)[0] == 0:
+            raise AssertionError("there was space left")
+        os.unlink(filler)
+        vm.run(write)
+
+        vm.qmp("block_resize", node_name="node0", size=48 << 20)
+        vm.run(f"i=0; until grep -qx {48 << 11} /sys/block/{name}/size; do i=$((i + 1)); "
+               "[ $i -lt 300 ] || exit 1; sleep 0.1; done")
+        last = f"bs=64k count=1 seek={48 * 16 - 1}"
+        written = vm.run("dd if=/dev/urandom of=/tmp/last bs=64k count=1 2>/dev/null && "
+                         f"dd if=/tmp/last of=/dev/{name} {last} oflag=direct 2>/dev/null && "
+                         "sha256sum < /tmp/last").split()[0]
+        vm.shut_down()
+        found = sh("sh", "-c", f"dd if={disk.path} {last.replace('seek', 'skip')} iflag=direct status=none | "
+                   "sha256sum").split()[0]
+        if found != written:
+            raise AssertionError(f"the image's last bytes are {found}, and not {written}")
+        # All else was discarded.
+        sh("cmp", f"--bytes={(48 << 20) - (64 << 10)}", disk.path, "/dev/zero")
 
 
 def test_refuse_mounted():
@@ -92,6 +129,43 @@ def test_rights():
     with NullBlk() as disk:
         os.chmod(disk.path, 0o666)
         qemu(*host_device(disk.path), *DEVICE, user=65534, expect="needs the right to read and write")
+
+
+def qtest(program, *args, **environment):
+    """Run one of QEMU's qtests; returns its output. Its failure is an error."""
+    folder = os.path.dirname(OPTIONS.qemu)
+    environment |= {"QTEST_QEMU_BINARY": OPTIONS.qemu, "QTEST_QEMU_IMG": f"{folder}/qemu-img"}
+    done = subprocess.run([f"{folder}/{program}", *args], capture_output=True, text=True, errors="replace",
+                          timeout=300, stdin=subprocess.DEVNULL, check=False,
+                          env=os.environ | environment)
+    if done.returncode:
+        raise AssertionError(f"{program}: status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def passed(output):
+    """The tests that a qtest's output says have passed; each must have."""
+    results = re.findall(r"^((?:not )?ok) \d+ (\S+)(.*)$", output, re.MULTILINE)
+    for status, name, more in results:
+        say(f"{status} {name}{more}")
+        if status != "ok" or "SKIP" in more:
+            raise AssertionError(f"{status} {name}{more}")
+    return {name for _, name, _ in results}
+
+
+def test_qtest():
+    """QEMU's own tests of virtio-blk pass on vhost-blk-pci."""
+    # As large as those tests expect.
+    with NullBlk(size=64, discard=1) as disk:
+        where = {"QTEST_VHOST_BLK_DISK": disk.path}
+        names = set(re.findall(r"^# (/\S*/vhost-blk-pci/\S*)$", qtest("qos-test", "-l", **where), re.MULTILINE))
+        for name in ("basic", "indirect", "config", "resize", "msix", "idx", "nxvirtq", "hotplug",
+                     "multiqueue"):
+            if not any(each.endswith(f"/{name}") for each in names):
+                raise AssertionError(f"no {name} among {names}")
+        done = passed(qtest("qos-test", *(word for name in sorted(names) for word in ("-p", name)), **where))
+        if done != names:
+            raise AssertionError(f"{names - done} did not run")
 
 
 def test_monitor():
@@ -189,7 +263,6 @@ def test_boot():
 
 TESTS = [
     test_refuse_format,
-    test_refuse_file,
     Test("QEMU refuses a filter over the disk", refused(
         "must be a 'host_device'", "-object", "throttle-group,id=group", "-blockdev",
         "driver=throttle,node-name=node0,throttle-group=group,file.driver=host_device,"
@@ -212,6 +285,8 @@ TESTS = [
     test_refuse_mounted,
     Test(test_module_missing.__doc__.rstrip("."), test_module_missing, prints=2),
     test_rights,
+    test_qtest,
+    test_image,
     test_monitor,
     test_options,
     test_boot,

@@ -163,7 +163,7 @@ pub(crate) const STATEMENTS: &[Statement] = &[
     statement("5.2.5.2-a", Should, "offers FLUSH", block::flush_is_offered),
     statement("5.2.5.2-b", Must, "offers FLUSH if it offers CONFIG_WCE", block::flush_with_wce),
     statement("5.2.5.2-c", Must, "writeback is 0 with CONFIG_WCE and without FLUSH",
-        block::writeback_without_flush).needs(Config).also("QEMU's config space, which says 1 then, as its virtio-blk's does; the writes are stable all the same (5.2.6.2-i)"),
+        block::writeback_without_flush).needs(Config).also("QEMU's config space"),
     statement("5.2.5.2-d", Must, "padding of the configuration space is 0",
         block::padding).needs(Config).also("QEMU's config space"),
     statement("5.2.5.2-e", ShouldNot, "does not offer ZONED if it is not zoned",
