@@ -179,7 +179,7 @@ pub(crate) struct ConformanceArgs {
     /// The socket of the vhost-user-blk server
     #[arg(long, required_if_eq("path", "vhost-user-blk"))]
     pub(crate) socket: Option<PathBuf>,
-    /// The block device, that of the server too; nobody else may use it
+    /// The block device or image file, that of the server too; nobody else may use it
     #[arg(long, value_name = "DISK", required_unless_present_any = ["list", "markdown"])]
     pub(crate) disk: Option<PathBuf>,
     /// Write too: overwrites the first MiB, and puts it back at the end
@@ -285,8 +285,7 @@ pub(crate) struct BenchArgs {
     /// What serves the requests
     #[arg(long, value_enum)]
     pub(crate) path: PathArg,
-    /// The block device; for io_uring and vhost-user-blk it may be a file, and of front-end it is
-    /// the size only
+    /// The block device or image file; of front-end it is the size only
     #[arg(
         long,
         value_name = "DISK",

@@ -44,9 +44,8 @@ const PRETENDED: u64 = 1 << 40;
 /// Measures, prints the figures, and returns that all went well.
 pub(crate) fn run(device: &Path, args: &BenchArgs) -> Result<bool> {
     args.check()?;
-    let may_be_file = args.path != PathArg::VhostBlk;
     let target = match &args.disk {
-        Some(path) => Some(Target::open(path, args.overwrites(), may_be_file)?),
+        Some(path) => Some(Target::open(path, args.overwrites())?),
         None => None,
     };
     if let Some(target) = &target {

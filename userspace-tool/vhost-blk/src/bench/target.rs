@@ -11,7 +11,7 @@ use vhost_blk_ring::request::SECTOR_SIZE;
 
 use crate::exercise::disk::Disk;
 
-/// A block device that nobody else uses, or a file that stands for one.
+/// A block device that nobody else uses, or an image file.
 #[derive(Debug)]
 pub(crate) enum Target {
     Disk(Disk),
@@ -20,10 +20,10 @@ pub(crate) enum Target {
 
 impl Target {
     /// Opens it for reading, and for writing if `write` says so.
-    pub(crate) fn open(path: &Path, write: bool, may_be_file: bool) -> Result<Self> {
+    pub(crate) fn open(path: &Path, write: bool) -> Result<Self> {
         let shown = path.display();
         let kind = fs::metadata(path).with_context(|| format!("cannot look at {shown}"))?;
-        if kind.is_file() && may_be_file {
+        if kind.is_file() {
             let direct = OpenOptions::new()
                 .read(true)
                 .write(write)
@@ -34,9 +34,6 @@ impl Target {
                 direct,
                 bytes: kind.len(),
             });
-        }
-        if kind.is_file() {
-            bail!("{shown} is a file: vhost-blk needs a block device, such as one from losetup");
         }
         Disk::open(path, write).map(Target::Disk)
     }
@@ -114,18 +111,16 @@ mod tests {
     }
 
     #[test]
-    fn files_stand_for_disks_where_they_may() {
+    fn files_are_disks() {
         let path = std::env::temp_dir().join(format!("vhost-blk-target-{}", std::process::id()));
         fs::write(&path, [0; 8192]).expect("a temporary file");
-        let error = Target::open(&path, false, false).expect_err("a file");
-        assert!(error.to_string().contains("losetup"));
         // Not all file systems have direct I/O.
-        match Target::open(&path, true, true) {
+        match Target::open(&path, true) {
             Ok(target) => assert_eq!((target.bytes(), target.block()), (8192, 512)),
             Err(error) => assert!(error.to_string().contains("direct I/O"), "{error:#}"),
         }
         fs::remove_file(&path).expect("it is there");
-        assert!(Target::open(&path, false, true).is_err());
-        assert!(Target::open(Path::new("/dev/null"), false, true).is_err());
+        assert!(Target::open(&path, false).is_err());
+        assert!(Target::open(Path::new("/dev/null"), false).is_err());
     }
 }
