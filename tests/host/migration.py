@@ -54,7 +54,8 @@ class Pair:
         """The QEMU that runs the guest, under load."""
         vm = self.here
         if vm.process is None or vm.process.poll() is not None:
-            vm.start()
+            # An emulated guest in an emulated host takes minutes.
+            vm.start(900)
             self.block = vm.run("grep -lx moving /sys/block/vd*/serial").split("/")[3]
             vm.run(LOAD % self.block)
             time.sleep(2)
