@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from disks import Mapped, NullBlk, sh, write
+from disks import Ext4, Image, Mapped, NullBlk, sh, write
 from ktap import Test, say
 
 OPTIONS = None
@@ -149,19 +149,20 @@ def within(what, value, low, high):
         raise AssertionError(f"{what}: {value:.0f} is not from {low:.0f} to {high:.0f}")
 
 
-def io_max(*options):
-    """A test that io.max limits requests, and io.stat counts them."""
+def io_max(*options, make=NullBlk):
+    """A test that io.max limits requests, and io.stat counts them, on a disk or image that `make` makes."""
     def run():
         load()
-        with NullBlk() as disk:
+        with make() as disk:
+            lower = disk.filesystem.lower if isinstance(disk, Image) else disk
             with Cgroup() as group, Bench(disk, *options, cgroup=group, runtime=1) as bench:
                 free = bench.result()["iops"]
             limit = 200
             within("IOPS without a limit", free, 3 * limit, 1e9)
-            with Cgroup(io_max=f"{number(disk)} riops={limit}") as group:
+            with Cgroup(io_max=f"{number(lower)} riops={limit}") as group:
                 with Bench(disk, *options, cgroup=group, runtime=3) as bench:
                     result = bench.result()
-                counted = group.stat("io.stat", number(disk))
+                counted = group.stat("io.stat", number(lower))
             within("IOPS", result["iops"], 0.7 * limit, 1.2 * limit)
             # What is in flight at the end is in no figure.
             requests = result["requests"]
@@ -316,6 +317,7 @@ def test_kthread():
 
 TESTS = [
     Test("io.max limits a VM's disk, and io.stat counts its requests", io_max()),
+    Test("io.max limits a VM's image file", io_max(make=lambda: Image(Ext4(NullBlk()))), long=True),
     Test("the same with a kthread worker", io_max("--worker-mode=kthread"),
          long=True),
     test_io_weight,
