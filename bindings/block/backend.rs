@@ -164,12 +164,12 @@ impl Backend {
         }
     }
 
-    /// The image file, if it is none but that.
+    /// The image file; null if it is a block device.
     #[inline]
-    pub(super) fn image(&self) -> Option<&Image> {
+    pub(super) fn image(&self) -> *const Image {
         match &self.kind {
-            Kind::Device(_) => None,
-            Kind::Image(image) => Some(image),
+            Kind::Device(_) => core::ptr::null(),
+            Kind::Image(image) => image,
         }
     }
 

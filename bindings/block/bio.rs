@@ -71,9 +71,7 @@ impl Prefix {
     fn new(backend: &Backend) -> Self {
         Self {
             next: core::ptr::null_mut(),
-            image: backend
-                .image()
-                .map_or(core::ptr::null(), core::ptr::from_ref),
+            image: backend.image(),
             bounces: false,
         }
     }
@@ -495,7 +493,7 @@ impl Bio<'_, Building> {
     pub(in crate::bindings) fn is_on(&self, device: &Backend) -> bool {
         // SAFETY: By the type invariant the bio is ours, with its prefix.
         let (bdev, image) = unsafe { ((*self.raw.as_ptr()).bi_bdev, (*prefix(self.raw)).image) };
-        bdev == device.as_raw() && image == Prefix::new(device).image
+        bdev == device.as_raw() && image == device.image()
     }
 
     /// Bytes of data in it.
@@ -962,18 +960,30 @@ impl PendingBios {
     #[inline]
     pub(in crate::bindings) unsafe fn submit(&self) {
         // SAFETY: The caller owns this object.
-        if let Some(first) = NonNull::new(unsafe { *self.first.get() }) {
-            // SAFETY: The list owns the bio. The image is open until the bio is done.
-            if let Some(image) = unsafe { (*prefix(first)).image.as_ref() } {
-                // SAFETY: As above.
-                let op = unsafe { (*first.as_ptr()).bi_opf } & REQ_OP_MASK;
-                let pending = Pending(self.into());
-                // SAFETY: The caller promises what this asks for; `file` is that of the bios.
-                return image.spawn(op, move |file| unsafe { pending.submit_to(file) });
-            }
+        let Some((image, op)) = (unsafe { self.image() }) else {
+            // SAFETY: The caller promises it. `start()` gives bios that are complete, and `end_io()` takes them
+            // back.
+            return unsafe { self.start(|bio| raw::submit_bio(bio)) };
+        };
+        let pending = Pending(self.into());
+        // SAFETY: The caller promises what this asks for; `file` is that of the bios.
+        image.spawn(op, move |file| unsafe { pending.submit_to(file) });
+    }
+
+    /// The image that the bios are on, if they are on one, and what they do: `REQ_OP_*`.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`]. The bios' backend must be open.
+    #[inline]
+    unsafe fn image(&self) -> Option<(&Image, u32)> {
+        // SAFETY: The caller owns this object.
+        let first = NonNull::new(unsafe { *self.first.get() })?;
+        // SAFETY: The list owns the bio, and its image is open.
+        unsafe {
+            let image = (*prefix(first)).image.as_ref()?;
+            Some((image, (*first.as_ptr()).bi_opf & REQ_OP_MASK))
         }
-        // SAFETY: The caller promises it. `start()` gives bios that are complete, and `end_io()` takes them back.
-        unsafe { self.start(|bio| raw::submit_bio(bio)) };
     }
 
     /// Passes all bios of the list to `submit`, in order. If there are none, completes at once.
@@ -1012,8 +1022,9 @@ impl PendingBios {
         }
     }
 
-    /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that. `device`,
-    /// which the bios are for, stays open until the last of them was submitted.
+    /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that, or if they
+    /// are on an image, which has tasks of its own. `device`, which the bios are for, stays open until the last of
+    /// them was submitted.
     ///
     /// # Safety
     ///
@@ -1023,13 +1034,15 @@ impl PendingBios {
         submitter: &Submitter,
         device: Arc<Backend>,
     ) {
+        // SAFETY: The caller owns this object, and the bios' device is open.
+        let on_image = unsafe { self.image() }.is_some();
         let pending = Pending(self.into());
         let submit = move || {
             // SAFETY: The caller promises what `submit()` asks for.
             unsafe { pending.submit() };
             drop(device);
         };
-        if submitter.spawn(submit).is_err() {
+        if on_image || submitter.spawn(submit).is_err() {
             // SAFETY: The caller promises it; nobody else was asked.
             unsafe { self.submit() };
         }

@@ -16,7 +16,6 @@ use crate::bindings::{
     compat::eopnotsupp,
     raw, //
 };
-use core::marker::PhantomData;
 use kernel::{
     error::to_result,
     ffi::{
@@ -174,16 +173,19 @@ impl Image {
         let file = self.file.clone();
         let cgroup = IoCgroup::current();
         let task = move || {
-            let _charged = cgroup.charge();
             // The opener's rights count, to the space that is left for root among others. Memory is allocated
             // without waiting for disks, since this may be what they wait for.
-            // SAFETY: An open file has credentials. What is restored is what was saved.
+            // SAFETY: The cgroup is one or null, of which another reference is taken; a kernel thread, as this
+            // one, is charged to none of its own. An open file has credentials. What is restored is what was
+            // saved.
             unsafe {
+                raw::rust_helper_associate_blkcg(cgroup.as_raw());
                 let cred = raw::rust_helper_override_creds((*file.as_raw()).f_cred);
                 let flags = raw::rust_helper_memalloc_noio_save();
                 submit(&file);
                 raw::rust_helper_memalloc_noio_restore(flags);
                 raw::rust_helper_revert_creds(cred);
+                raw::rust_helper_associate_blkcg(core::ptr::null_mut());
             }
         };
         if to.spawn(task).is_err() {
@@ -202,9 +204,6 @@ struct IoCgroup(*mut raw::cgroup_subsys_state);
 // SAFETY: A cgroup is reference-counted, and may be used and released by any thread.
 unsafe impl Send for IoCgroup {}
 
-/// While this is there, I/O that a kernel thread submits is charged to somebody else's cgroup.
-struct Charged<'a>(PhantomData<&'a IoCgroup>);
-
 impl IoCgroup {
     /// That of the current task.
     fn current() -> Self {
@@ -213,19 +212,9 @@ impl IoCgroup {
         Self(unsafe { raw::rust_helper_current_io_css() })
     }
 
-    /// Charges it for what the current task submits, which is a kernel thread and has not done so before.
-    fn charge(&self) -> Charged<'_> {
-        // SAFETY: By the type invariant it is a cgroup or null; another reference is taken. Of other tasks
-        // nothing happens.
-        unsafe { raw::rust_helper_associate_blkcg(self.0) };
-        Charged(PhantomData)
-    }
-}
-
-impl Drop for Charged<'_> {
-    fn drop(&mut self) {
-        // SAFETY: As in `charge()`.
-        unsafe { raw::rust_helper_associate_blkcg(core::ptr::null_mut()) };
+    /// The kernel's object, or null; valid as long as this one.
+    fn as_raw(&self) -> *mut raw::cgroup_subsys_state {
+        self.0
     }
 }
 
@@ -246,8 +235,6 @@ const ZERO_RANGE: c_int = raw::RUST_CONST_HELPER_FALLOC_ZERO_RANGE;
 struct Transfer {
     iocb: raw::kiocb,
     bio: *mut raw::bio,
-    /// Bytes that it is of.
-    len: usize,
     /// Who needs it: the call that begins it, since filesystems look at the `iocb` after it was queued, and whoever
     /// ends it.
     users: Atomic<i32>,
@@ -292,7 +279,7 @@ pub(super) unsafe fn submit(file: &File, bio: *mut raw::bio) {
     let result = match flags & REQ_OP_MASK {
         raw::req_op_REQ_OP_READ => {
             // SAFETY: The caller promises what this asks for.
-            return unsafe { transfer(file, bio, raw::ITER_DEST, READ) };
+            return unsafe { transfer(file, bio, position, READ) };
         }
         raw::req_op_REQ_OP_WRITE if len != 0 => {
             let stable = if flags & (1 << raw::req_flag_bits___REQ_FUA) != 0 {
@@ -301,7 +288,7 @@ pub(super) unsafe fn submit(file: &File, bio: *mut raw::bio) {
                 0
             };
             // SAFETY: As above.
-            return unsafe { transfer(file, bio, raw::ITER_SOURCE, WRITE | stable) };
+            return unsafe { transfer(file, bio, position, WRITE | stable) };
         }
         // A flush.
         // SAFETY: The file is open.
@@ -317,33 +304,25 @@ pub(super) unsafe fn submit(file: &File, bio: *mut raw::bio) {
     unsafe { end(bio, result) };
 }
 
-/// Begins to read or write what a bio says.
+/// Begins to read or write what a bio says, at byte `position`.
 ///
 /// # Safety
 ///
-/// As for [`submit`]. The bio reads if `direction` is `ITER_DEST`, and writes if it is `ITER_SOURCE`.
-unsafe fn transfer(file: &File, bio: *mut raw::bio, direction: u32, flags: c_int) {
+/// As for [`submit`]. `flags` are [`READ`] for a bio that reads, and those of [`WRITE`] with others for one that
+/// writes.
+unsafe fn transfer(file: &File, bio: *mut raw::bio, position: i64, flags: c_int) {
     // SAFETY: The caller promises that the bio is valid and ours.
-    let (sector, len, vectors, count) = unsafe {
-        let iter = (*bio).bi_iter;
-        (
-            iter.bi_sector,
-            iter.bi_size as usize,
-            (*bio).bi_io_vec,
-            (*bio).bi_vcnt,
-        )
-    };
+    let (len, vectors, count) =
+        unsafe { ((*bio).bi_iter.bi_size, (*bio).bi_io_vec, (*bio).bi_vcnt) };
     let transfer = Transfer {
         iocb: raw::kiocb {
             ki_filp: file.as_raw(),
-            // `submit()` has looked whether it fits.
-            ki_pos: (sector << 9) as i64,
+            ki_pos: position,
             ki_complete: Some(transferred),
             ki_flags: flags,
             ..Default::default()
         },
         bio,
-        len,
         users: Atomic::new(2),
     };
     let Ok(transfer) = KBox::new(transfer, GFP_KERNEL) else {
@@ -351,18 +330,24 @@ unsafe fn transfer(file: &File, bio: *mut raw::bio, direction: u32, flags: c_int
         return unsafe { end(bio, Err(ENOMEM)) };
     };
 
+    let writes = flags & raw::RUST_CONST_HELPER_IOCB_WRITE != 0;
+    let direction = if writes {
+        raw::ITER_SOURCE
+    } else {
+        raw::ITER_DEST
+    };
     let mut iter = raw::iov_iter::default();
     let transfer = KBox::into_raw(transfer);
     // SAFETY: The bio's vectors are valid until it is ended, which is when the filesystem is done with them.
     // `transfer` stays until both of its users have put it: this one, and either `transferred()`, if the
     // filesystem has queued it, or else `finish()` here. The iterator is not used after the call.
     unsafe {
-        raw::iov_iter_bvec(&mut iter, direction, vectors, count.into(), len);
+        raw::iov_iter_bvec(&mut iter, direction, vectors, count.into(), len as usize);
         let iocb = &raw mut (*transfer).iocb;
-        let result = if direction == raw::ITER_DEST {
-            raw::vfs_iocb_iter_read(file.as_raw(), iocb, &mut iter)
-        } else {
+        let result = if writes {
             raw::vfs_iocb_iter_write(file.as_raw(), iocb, &mut iter)
+        } else {
+            raw::vfs_iocb_iter_read(file.as_raw(), iocb, &mut iter)
         };
         if result != -(raw::EIOCBQUEUED as isize) {
             finish(transfer, result);
@@ -387,7 +372,7 @@ unsafe extern "C" fn transferred(iocb: *mut raw::kiocb, result: c_long) {
     }
 }
 
-/// Ends a transfer of so many bytes, or with an error, and its bio. One that is short has failed: what is
+/// Ends a transfer that has moved so many bytes, or failed, and its bio. One that is short has failed: what is
 /// missing lies behind the end of the file.
 ///
 /// # Safety
@@ -395,9 +380,10 @@ unsafe extern "C" fn transferred(iocb: *mut raw::kiocb, result: c_long) {
 /// `transfer` must be from [`transfer()`], done, and its end be left to the caller, who is one of its users, and is
 /// no more then.
 unsafe fn finish(transfer: *mut Transfer, result: isize) {
-    // SAFETY: The caller is a user, so it is there.
-    let (bio, len) = unsafe { ((*transfer).bio, (*transfer).len) };
-    let result = match usize::try_from(result) {
+    // SAFETY: The caller is a user, so it is there, and the bio was left to it. Filesystems have no bio but their
+    // own, so this one's length is as it was.
+    let (bio, len) = unsafe { ((*transfer).bio, (*(*transfer).bio).bi_iter.bi_size) };
+    let result = match u32::try_from(result) {
         Ok(done) if done == len => Ok(()),
         Ok(_) => Err(EIO),
         // CAST: The kernel's errors are small.
