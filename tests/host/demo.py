@@ -133,7 +133,7 @@ def show(options, args, vhost, virtio):
         vm.start()
         step("the guest is up; its view of the disks:")
         for path, serial in ((vhost, "vhost-blk"), (virtio, "virtio-blk")):
-            path.block = vm.run(f"grep -lx {serial} /sys/block/vd*/serial").split("/")[3]
+            path.block = vm.block(serial)
             path.forget()
         print(vm.run("uname -sr; lsblk -o NAME,SIZE,TYPE,LOG-SEC,PHY-SEC,RO; "
                      "grep . /sys/block/vd*/serial /sys/block/vd*/cache_type"))

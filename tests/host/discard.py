@@ -1,27 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0
 """Tests of a guest that discards and zeroes, and of what the host sees of it."""
 
-import os
 
-from disks import Loop, NullBlk, sh
-from ktap import Test, say
+from disks import Loop, NullBlk, allocated, sh
+from ktap import Test, expect, say
 from vm import Guest
 
 OPTIONS = None
 MIB = 1 << 20
 # busybox has one of its own, which its shell prefers and which writes no zeroes.
 BLKDISCARD = "/bin/blkdiscard"
-
-
-def expect(what, found, wanted):
-    """Fail unless both are equal."""
-    if found != wanted:
-        raise AssertionError(f"{what}: {found!r}, expected {wanted!r}")
-
-
-def allocated(path):
-    """Bytes that a file takes."""
-    return os.stat(path).st_blocks * 512
 
 
 def zeroes(path):
@@ -50,7 +38,7 @@ def test_guest():
                    args) as vm:
             vm.start()
             disk, ignoring, plain_disk = (
-                vm.run(f"grep -lx range-{number} /sys/block/vd*/serial").split("/")[3]
+                vm.block(f"range-{number}")
                 for number in range(3))
             say(vm.run("lsblk -D"))
 

@@ -28,6 +28,11 @@ def write(path, value):
         file.write(str(value))
 
 
+def allocated(path):
+    """Bytes that a file takes."""
+    return os.stat(path).st_blocks * 512
+
+
 class Disk:
     """A block device: its path, and what kind of device it is in words."""
 
@@ -287,11 +292,11 @@ class ScsiDebug(Disk):
 class Filesystem(Disk):
     """A filesystem on another disk, which it closes at its end, mounted at `path`."""
 
-    def __init__(self, lower, kind, *make):
+    def __init__(self, lower, kind):
         self.lower = lower
         self.kind = f"{kind} on {lower.kind}"
         self.path = f"/run/{kind}-{time.monotonic_ns()}"
-        sh(f"mkfs.{kind}", "-q", *make, lower.path)
+        sh(f"mkfs.{kind}", "-q", lower.path)
         os.mkdir(self.path)
         sh("mount", "-t", kind, lower.path, self.path)
 
@@ -328,10 +333,6 @@ class Image(Disk):
             for _ in range(0 if sparse else size):
                 file.write(bytes(1 << 20))
             os.fsync(file)
-
-    def allocated(self):
-        """Bytes of the filesystem's space that it has."""
-        return os.stat(self.path).st_blocks * 512
 
     def close(self):
         self.filesystem.close()

@@ -19,7 +19,7 @@ import migration
 import viommu
 import zoned
 from disks import Brd, NullBlk, ScsiDebug, sh
-from ktap import say
+from ktap import expect, say
 from vm import Guest, GuestReset
 
 FIO = ("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --randseed=7 "
@@ -84,13 +84,7 @@ def guest():
 
 def block(vm, number):
     """The name that disk `number` has in the guest, by its serial."""
-    return vm.run(f"grep -lx vhost-blk-{number} /sys/block/vd*/serial").split("/")[3]
-
-
-def expect(what, got, wanted):
-    """Fail unless both are equal."""
-    if got != wanted:
-        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
+    return vm.block(f"vhost-blk-{number}")
 
 
 def mount(vm):

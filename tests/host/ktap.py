@@ -32,6 +32,12 @@ def say(text):
         print(f"# {line}", flush=True)
 
 
+def expect(what, found, wanted):
+    """Fail unless both are equal."""
+    if found != wanted:
+        raise AssertionError(f"{what}: {found!r}, expected {wanted!r}")
+
+
 class Log:
     """What the kernel has printed since this was made."""
 

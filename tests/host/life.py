@@ -5,7 +5,7 @@ import os
 import time
 
 from disks import Mapped, NullBlk, Thin, sh
-from ktap import say
+from ktap import expect, say
 from vm import Guest, QmpError
 
 OPTIONS = None
@@ -62,33 +62,15 @@ class Life:
 LIFE = Life()
 
 
-def expect(what, got, wanted):
-    """Fail unless both are equal."""
-    if got != wanted:
-        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
-
-
-def block(vm, name):
-    """The name that a disk has in the guest, by its serial."""
-    return vm.run(f"grep -lx {name} /sys/block/vd*/serial").split("/")[3]
-
-
-def until(vm, what, condition):
-    """Wait in the guest until a condition of its shell is true."""
-    if vm.run(f"i=0; until {condition}; do i=$((i + 1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done",
-              check=False)[0]:
-        raise AssertionError(f"{what}: not within 30 s")
-
-
 def start_load(vm, name, extra):
     """Start fio in the guest, which verifies what it writes to a disk; end_load() waits for it."""
-    vm.run(f"rm -f /tmp/load.*; ({VERIFY} --filename=/dev/{block(vm, name)} {extra} "
+    vm.run(f"rm -f /tmp/load.*; ({VERIFY} --filename=/dev/{vm.block(name)} {extra} "
            "> /tmp/load.out 2>&1; echo $? > /tmp/load.status) & sleep 1; pidof fio")
 
 
 def end_load(vm):
     """Wait for the end of the load, which must have had no error."""
-    until(vm, "the load's end", "[ -s /tmp/load.status ]")
+    vm.until("the load's end", "[ -s /tmp/load.status ]")
     expect("the load's status and output",
            vm.run("cat /tmp/load.status; grep -v '^3;' /tmp/load.out", check=False)[1], "0")
 
@@ -99,11 +81,23 @@ def grow(disk, sectors):
        f"dmsetup resume {disk.name}")
 
 
+def check_grown(vm, name, path, size):
+    """A guest finds its disk, `path` on the host, grown to `size` MiB, and can write its last bytes."""
+    vm.until("the new size", f"grep -qx {size << 11} /sys/block/{name}/size")
+    last = f"bs=64k seek={size * 16 - 1}"
+    written = vm.run("dd if=/dev/urandom of=/tmp/last bs=64k count=1 2>/dev/null && "
+                     f"dd if=/tmp/last of=/dev/{name} {last} oflag=direct 2>/dev/null && "
+                     "sha256sum < /tmp/last").split()[0]
+    found = sh("sh", "-c", f"dd if={path} {last.replace('seek', 'skip')} iflag=direct "
+               "status=none | sha256sum").split()[0]
+    expect("the disk's last bytes on the host", found, written)
+
+
 def test_resize():
     """block_resize: the guest sees a grown disk without a reboot, and writes its new part."""
     vm = LIFE.start()
     disk = LIFE.disks["grows"]
-    name = block(vm, "grows")
+    name = vm.block("grows")
     expect("size", vm.run(f"cat /sys/block/{name}/size"), str(LIFE.SMALL << 11))
     start_load(vm, "grows", "--size=8m --time_based --runtime=8")
     try:
@@ -114,14 +108,7 @@ def test_resize():
         raise AssertionError("QEMU made the disk larger than it is")
     grow(disk, LIFE.LARGE << 11)
     vm.qmp("block_resize", node_name="grows", size=LIFE.LARGE << 20)
-    until(vm, "the new size", f"grep -qx {LIFE.LARGE << 11} /sys/block/{name}/size")
-    last = f"bs=64k seek={LIFE.LARGE * 16 - 1}"
-    written = vm.run("dd if=/dev/urandom of=/tmp/last bs=64k count=1 2>/dev/null && "
-                     f"dd if=/tmp/last of=/dev/{name} {last} oflag=direct 2>/dev/null && "
-                     "sha256sum < /tmp/last").split()[0]
-    found = sh("sh", "-c", f"dd if={disk.path} {last.replace('seek', 'skip')} iflag=direct "
-               "status=none | sha256sum").split()[0]
-    expect("the disk's last bytes on the host", found, written)
+    check_grown(vm, name, disk.path, LIFE.LARGE)
     end_load(vm)
 
 
@@ -135,8 +122,8 @@ def test_hotplug():
             vm.qmp("blockdev-add", driver="host_device", node_name="plugged", filename=disk.path)
             vm.qmp("device_add", driver="vhost-blk-pci", drive="plugged", id="dev-plugged",
                    serial="plugged", num_queues=queues)
-            until(vm, "the new disk", "grep -qx plugged /sys/block/vd*/serial")
-            name = block(vm, "plugged")
+            vm.until("the new disk", "grep -qx plugged /sys/block/vd*/serial")
+            name = vm.block("plugged")
             vm.run(f"{VERIFY} --filename=/dev/{name} --size=1m > /dev/null")
             # It has requests in flight when it goes; those fail.
             vm.run(f"(fio --name=doomed --filename=/dev/{name} --rw=randread --ioengine=libaio "
@@ -155,7 +142,7 @@ def test_snapshot():
     """A snapshot of the disk, taken on the host under load, is consistent after a crash."""
     vm = LIFE.start()
     disk = LIFE.disks["thin"]
-    name = block(vm, "thin")
+    name = vm.block("thin")
     vm.run(f"mkfs.ext4 -q -E lazy_itable_init=0 /dev/{name} && mkdir -p /mnt/thin && "
            f"mount -t ext4 /dev/{name} /mnt/thin && cd /mnt/thin && for i in 1 2 3 4; do "
            "dd if=/dev/urandom of=file$i bs=61k count=9 2>/dev/null; done && "
@@ -194,7 +181,7 @@ def test_snapshot():
         sh("udevadm", "settle")
         sh("dmsetup", "remove", copy)
     vm.run("killall -9 fio")
-    until(vm, "unmounting", "umount /mnt/thin 2>/dev/null")
+    vm.until("unmounting", "umount /mnt/thin 2>/dev/null")
     vm.run(f"e2fsck -fn /dev/{name}")
 
 
@@ -248,7 +235,7 @@ def test_cache_type():
     """The guest switches its write cache, and the next write is stable, or need not be."""
     vm = LIFE.start()
     disk = LIFE.disks["cached"]
-    name = block(vm, "cached")
+    name = vm.block("cached")
     for mode, flushes in (("write back", 0), ("write through", 16), ("write back", 0)):
         vm.run(f"echo {mode} > /sys/block/{name}/cache_type")
         expect("mode", vm.run(f"cat /sys/block/{name}/cache_type"), mode)
@@ -263,7 +250,7 @@ def test_large():
     """A request of the guest may be as large as its ring: 1 MiB of scattered pages in one."""
     vm = LIFE.start()
     for name, segments, requests in (("cached", 1022, 16), ("grows", 254, 32)):
-        where = f"/sys/block/{block(vm, name)}"
+        where = f"/sys/block/{vm.block(name)}"
         expect(f"{name}: segments", vm.run(f"cat {where}/queue/max_segments"), str(segments))
         size = int(vm.run(f"cat {where}/queue/max_sectors_kb"))
         if size < 1024:
@@ -277,14 +264,14 @@ def test_large():
             raise AssertionError(f"{name}: {found} requests for 16 reads of 1 MiB")
     vm.run("fio --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 --minimal --name=big "
            "--rw=write --bs=4m --iodepth=2 --size=8m --do_verify=1 "
-           f"--filename=/dev/{block(vm, 'cached')}")
+           f"--filename=/dev/{vm.block('cached')}")
 
 
 def test_read_only():
     """A disk becomes read-only on the host: the guest's writes fail until it is writable again."""
     vm = LIFE.start()
     disk = LIFE.disks["cached"]
-    name = block(vm, "cached")
+    name = vm.block("cached")
     write = f"dd if=/dev/zero of=/dev/{name} bs=4k count=1 oflag=direct 2>/dev/null"
     vm.run(write)
     sh("blockdev", "--setro", disk.path)

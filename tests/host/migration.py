@@ -56,7 +56,7 @@ class Pair:
         if vm.process is None or vm.process.poll() is not None:
             # An emulated guest in an emulated host takes minutes.
             vm.start(900)
-            self.block = vm.run("grep -lx moving /sys/block/vd*/serial").split("/")[3]
+            self.block = vm.block("moving")
             vm.run(LOAD % self.block)
             time.sleep(2)
         return vm

@@ -16,17 +16,11 @@ import cgroups
 import conformance
 import ktap
 from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
-from ktap import Log, Test, say
+from ktap import Log, Test, expect, say
 
 NODE = "/dev/vhost-blk"
 OPTIONS = None
 PARAMETERS = ()
-
-
-def expect(what, got, wanted):
-    """Fail unless both are equal."""
-    if got != wanted:
-        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
 
 
 def loaded():

@@ -4,7 +4,7 @@
 import time
 
 from disks import NullBlk
-from ktap import Test, say
+from ktap import Test, expect, say
 from vm import Guest
 
 OPTIONS = None
@@ -15,20 +15,9 @@ FIO = ("fio --name=data --ioengine=libaio --direct=1 --verify=crc32c --verify_fa
        "--minimal --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --iodepth=16 --size=4m")
 
 
-def expect(what, got, wanted):
-    """Fail unless both are equal."""
-    if got != wanted:
-        raise AssertionError(f"{what}: {got!r}, expected {wanted!r}")
-
-
-def block(vm):
-    """The disk's name in the guest."""
-    return vm.run("grep -lx viommu /sys/block/vd*/serial").split("/")[3]
-
-
 def find(vm):
     """The disk's name, after checks that the guest's IOMMU has it."""
-    name = block(vm)
+    name = vm.block("viommu")
     device = f"/sys/block/{name}/device"
     # Bit 33, VIRTIO_F_ACCESS_PLATFORM.
     expect("the feature", vm.run(f"cut -c34 {device}/features"), "1")

@@ -231,6 +231,16 @@ class Guest:
         return "\n".join(line.strip() for line in text.splitlines()
                          if line.startswith(("CPU#", "RIP=", "EIP=")))
 
+    def block(self, serial):
+        """The name that a disk has in the guest, by its serial."""
+        return self.run(f"grep -lx {serial} /sys/block/vd*/serial").split("/")[3]
+
+    def until(self, what, condition):
+        """Wait in the guest until a condition of its shell is true."""
+        if self.run(f"i=0; until {condition}; do i=$((i + 1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done",
+                    check=False)[0]:
+            raise AssertionError(f"{what}: not within 30 s")
+
     # What the guest and QEMU print
 
     def console(self):

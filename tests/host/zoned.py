@@ -4,7 +4,7 @@
 import re
 
 from disks import NullBlk, sh
-from ktap import Test, say
+from ktap import Test, expect, say
 from vm import Guest
 
 OPTIONS = None
@@ -13,12 +13,6 @@ SIZE, ZONE = 256, 4
 CONVENTIONAL, OPEN, ACTIVE = 4, 12, 16
 # Of <linux/blkzoned.h>.
 EMPTY, IMPLICITLY_OPEN, EXPLICITLY_OPEN, CLOSED, FULL = 1, 2, 3, 4, 14
-
-
-def expect(what, found, wanted):
-    """Fail unless both are equal."""
-    if found != wanted:
-        raise AssertionError(f"{what}: {found!r}, expected {wanted!r}")
 
 
 def zones(report):
@@ -46,7 +40,7 @@ def test_guest():
         with Guest("zoned", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel, OPTIONS.initrd,
                    args) as vm:
             vm.start()
-            name = vm.run("grep -lx zoned /sys/block/vd*/serial").split("/")[3]
+            name = vm.block("zoned")
             found = limits(vm.run, name)
             say(found)
             expect("limits", found, {
