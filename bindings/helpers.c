@@ -47,7 +47,7 @@ bool rust_helper_bdev_is_zoned(struct block_device *bdev)
 /* A copy: they may change, and Rust has no references to what changes. */
 void rust_helper_bdev_limits(struct block_device *bdev, struct queue_limits *to)
 {
-	*to = bdev_get_queue(bdev)->limits;
+	*to = data_race(bdev_get_queue(bdev)->limits);
 }
 
 bool rust_helper_bdev_zone_writes_queue(struct block_device *bdev)

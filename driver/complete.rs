@@ -82,8 +82,9 @@ fn done<'a>(
         }
     }
 
+    let failed = request.failed();
     let in_flight = request.data();
-    if let Some(Rest::Report(report)) = in_flight.rest.as_deref_mut() {
+    if let (false, Some(Rest::Report(report))) = (failed, in_flight.rest.as_deref_mut()) {
         match report.copy() {
             Ok(len) => in_flight.read_len = len,
             Err(_) => request.fail(),

@@ -7,7 +7,10 @@ use super::{
     device::Settings,
     poll,
     ranges::Refused,
-    rest::Rest,
+    rest::{
+        self,
+        Rest, //
+    },
     submit::{
         self,
         Batch, //
@@ -28,7 +31,8 @@ use crate::bindings::{
 };
 use kernel::{
     prelude::*,
-    sync::Arc, //
+    sync::Arc,
+    time::Delta, //
 };
 
 /// Requests, and bytes of data, that one virtqueue submits before others get their turn.
@@ -91,6 +95,8 @@ pub(crate) struct InFlight {
 
 impl Operations for Queue {
     type Request = InFlight;
+
+    const GRACE: Delta = rest::GRACE;
 
     fn handle_kick(vq: &Virtqueue<Self>, turn: &Turn) {
         let mut guard = vq.lock();

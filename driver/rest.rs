@@ -47,7 +47,7 @@ use kernel::{
 ///
 /// User space offers limits with which ranges are a round or two. This is for those that are more
 /// because their disk refused to write zeroes, and for reports of many zones.
-const GRACE: Delta = Delta::from_secs(5);
+pub(super) const GRACE: Delta = Delta::from_secs(5);
 
 /// Bytes that one request bounces at a time.
 const BOUNCE_LEN: usize = 256 << 10;

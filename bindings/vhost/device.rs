@@ -40,12 +40,15 @@ use kernel::{
     types::Opaque, //
 };
 
-/// How long a drain waits before it says what it waits for, in milliseconds.
-const DRAIN_WARNING_MS: u32 = 10_000;
+/// How long a drain sleeps at most before it looks at the time, in milliseconds.
+const DRAIN_STEP_MS: u32 = 1_000;
+
+/// After how many steps without a completion a drain says what it waits for.
+const DRAIN_WARNING_STEPS: u32 = 10;
 
 /// How long a paused virtqueue is drained: then it goes on as before, rather than leave a guest without its
 /// disk.
-const MAX_PAUSE: Delta = Delta::from_secs(30);
+const MAX_PAUSE: Delta = Delta::from_secs(10);
 
 /// A vhost device with its virtqueues; `struct vhost_dev`.
 ///
@@ -226,8 +229,8 @@ impl<T: Operations> Device<T> {
     ///
     /// # Errors
     ///
-    /// `EAGAIN` if it is not stopped, and requests that are done cannot be completed, since its rings are not
-    /// in the device IOTLB, or others are not done in [`MAX_PAUSE`].
+    /// If it is paused and not stopped: `EAGAIN` if requests that are done cannot be completed, since its rings
+    /// are not in the device IOTLB, or others are not done in [`MAX_PAUSE`]; `EINTR` if the task is killed.
     fn drain(index: usize, vq: &Virtqueue<T>, abandon: bool) -> Result<bool> {
         vq.completions().set_waiting(true);
         let result = Self::wait_until_idle(index, vq, abandon);
@@ -236,6 +239,7 @@ impl<T: Operations> Device<T> {
     }
 
     fn wait_until_idle(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> Result<bool> {
+        let mut steps = 0;
         loop {
             let mut guard = vq.lock_as(true);
             if abandon {
@@ -248,18 +252,28 @@ impl<T: Operations> Device<T> {
                 guard.release_backend();
                 return Ok(abandon);
             }
-            if guard.paused_for().is_some_and(|time| time > MAX_PAUSE) {
+            let paused = guard.paused_for();
+            if paused.is_some_and(|time| time > MAX_PAUSE) {
                 return Err(EAGAIN);
+            }
+            if abandon || guard.stopped_for().is_some_and(|time| time >= T::GRACE) {
+                vq.slow().end();
             }
             let in_flight = guard.in_flight();
             drop(guard);
 
-            match vq.completions().wait(DRAIN_WARNING_MS, !abandon) {
-                Wait::Woken => (),
+            match vq.completions().wait(DRAIN_STEP_MS, !abandon) {
+                Wait::Woken => steps = 0,
+                Wait::Killed if paused.is_some() => return Err(EINTR),
                 Wait::Killed => abandon = true,
-                Wait::TimedOut => pr_warn!(
-                    "virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
-                ),
+                Wait::TimedOut => {
+                    steps += 1;
+                    if steps % DRAIN_WARNING_STEPS == 0 {
+                        pr_warn!(
+                            "virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
+                        );
+                    }
+                }
             }
         }
     }
@@ -421,12 +435,8 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
 
     /// Waits until no request of any virtqueue, all of which are paused, is in flight.
     fn drain_paused(&self) -> Result {
-        let mut abandon = false;
         for (index, vq) in self.virtqueues().enumerate() {
-            abandon = Device::drain(index, vq, abandon)?;
-        }
-        if abandon {
-            return Err(EINTR);
+            Device::drain(index, vq, false)?;
         }
         Ok(())
     }

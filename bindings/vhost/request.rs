@@ -175,15 +175,17 @@ impl<R> Slot<R> {
         }
     }
 
-    /// Calls [`Operations::handle_slow`] for the slot's request and submits its bios.
+    /// Calls [`Operations::handle_slow`] for the slot's request and submits its bios, or lets it fail.
     ///
     /// # Safety
     ///
     /// The slot's owner must be [`Owner::InFlight`], and the caller the only one to know of it. It is not
     /// the caller's any more when this returns.
-    pub(super) unsafe fn run_slow<T: Operations<Request = R>>(&self) {
+    pub(super) unsafe fn run_slow<T: Operations<Request = R>>(&self, fail: bool) {
+        if fail {
+            self.bios.set_error(true);
         // SAFETY: The caller is the only one to know of the slot.
-        if let Some(request) = unsafe { &mut *self.request.get() } {
+        } else if let Some(request) = unsafe { &mut *self.request.get() } {
             T::handle_slow(request);
         }
         // SAFETY: As above; `add()` took only bios on the virtqueue's backend.

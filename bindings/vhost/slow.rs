@@ -7,6 +7,10 @@
 use crate::bindings::raw;
 use kernel::{
     prelude::*,
+    sync::atomic::{
+        ordering,
+        Atomic, //
+    },
     types::Opaque, //
 };
 
@@ -19,6 +23,8 @@ pub(super) struct SlowWork {
     list: Opaque<raw::llist_head>,
     #[pin]
     work: Opaque<raw::work_struct>,
+    /// Nothing that takes long is begun any more.
+    ended: Atomic<bool>,
 }
 
 // SAFETY: Both the list and the work are used by any thread and do their own locking.
@@ -35,6 +41,7 @@ impl SlowWork {
             work <- Opaque::ffi_init(move |work| unsafe {
                 raw::rust_helper_init_work(work, Some(callback));
             }),
+            ended: Atomic::new(false),
         })
     }
 
@@ -72,6 +79,21 @@ impl SlowWork {
     pub(super) fn take_all(&self) -> *mut raw::llist_node {
         // SAFETY: The list is initialised; what is taken off is the caller's alone.
         unsafe { raw::llist_reverse_order(raw::rust_helper_llist_del_all(self.list.get())) }
+    }
+
+    /// Says that what waits, and what comes, is not worth its time any more.
+    pub(super) fn end(&self) {
+        self.ended.store(true, ordering::Relaxed);
+    }
+
+    /// Takes that back.
+    pub(super) fn resume(&self) {
+        self.ended.store(false, ordering::Relaxed);
+    }
+
+    /// Whether [`SlowWork::end`] was called, and not [`SlowWork::resume`] since.
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(ordering::Relaxed)
     }
 
     /// Waits until the callback has returned, if it was called for. Context: may sleep.

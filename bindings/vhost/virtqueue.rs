@@ -103,6 +103,9 @@ pub(crate) trait Operations: Sized + Send + 'static {
     /// What the driver keeps of each request in its slot.
     type Request: Send + 'static;
 
+    /// How long after a stop [`Operations::handle_slow`] is still called. Requests that want it later fail.
+    const GRACE: Delta;
+
     /// Called in the virtqueue's worker when the guest added buffers.
     ///
     /// Context: process context in the owner's address space; may sleep.
@@ -318,7 +321,7 @@ impl<T: Operations> Virtqueue<T> {
             unsafe {
                 let slot = Slot::<T::Request>::from_node(node);
                 node = (*node).next;
-                slot.run_slow::<T>();
+                slot.run_slow::<T>(vq.slow.has_ended());
             }
         }
     }
@@ -582,6 +585,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.abandoned = false;
         inner.stopped = None;
         inner.direct = direct;
+        self.vq.slow.resume();
         self.map_rings();
 
         // The guest may have added buffers before there was a backend to look.
