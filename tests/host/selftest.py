@@ -348,7 +348,7 @@ def main():
     OPTIONS.pins = pins()
     for module in (backends, cgroups):
         module.OPTIONS, module.load = OPTIONS, load
-    return ktap.run(TESTS, OPTIONS)
+    return ktap.run(TESTS, OPTIONS, prepare=load)
 
 
 if __name__ == "__main__":
