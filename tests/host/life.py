@@ -2,6 +2,7 @@
 """Tests of a guest's life: its disks grow, come and go, and are looked at from all sides."""
 
 import os
+import re
 import time
 
 from disks import Mapped, NullBlk, Thin, sh
@@ -138,6 +139,41 @@ def test_hotplug():
     end_load(vm)
 
 
+def statistics(disk):
+    """What the host's kernel has counted of a disk, as in Documentation/block/stat.rst."""
+    with open(f"/sys/block/{os.path.basename(disk.path)}/stat", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]
+
+
+# Places in that.
+READS, WRITES, FLUSHES = 0, 4, 15
+
+
+def test_suspend():
+    """A guest is suspended to memory under load and resumes, with no error."""
+    with NullBlk(size=24, cache=8) as disk:
+        args = ["-global", "PIIX4_PM.disable_s3=0",
+                "-blockdev", f"driver=host_device,node-name=node0,filename={disk.path},cache.direct=on",
+                "-device", "vhost-blk-pci,drive=node0,serial=sleeps,num-queues=2"]
+        with Guest("suspend", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel, OPTIONS.initrd, args) as vm:
+            vm.start()
+            start_load(vm, "sleeps", "--size=4m --time_based --runtime=8")
+            seen = len(vm.events)
+            # The port that takes commands does not outlive the sleep: the guest says on its console how it went.
+            vm.send("(echo mem > /sys/power/state && until [ -s /tmp/load.status ]; do sleep 0.1; done; "
+                    "echo load: $(cat /tmp/load.status; grep -v '^3;' /tmp/load.out) > /dev/ttyS0; "
+                    "sleep 1; poweroff -f) &")
+            vm.wait_event("SUSPEND", since=seen)
+            asleep = statistics(disk)[WRITES]
+            time.sleep(1)
+            expect("writes while it sleeps", statistics(disk)[WRITES] - asleep, 0)
+            vm.qmp("system_wakeup")
+            vm.wait_event("WAKEUP", since=seen)
+            vm.wait_exit(120)
+            expect("the load's status and output", re.findall("load: (.*)", vm.console()), ["0"])
+            expect("writes since it woke up", statistics(disk)[WRITES] > asleep, True)
+
+
 def test_snapshot():
     """A snapshot of the disk, taken on the host under load, is consistent after a crash."""
     vm = LIFE.start()
@@ -221,16 +257,6 @@ def test_monitor():
         expect(f"{name}: descriptors in a chain", len(element["descs"]) > 0, True)
 
 
-def statistics(disk):
-    """What the host's kernel has counted of a disk, as in Documentation/block/stat.rst."""
-    with open(f"/sys/block/{os.path.basename(disk.path)}/stat", encoding="ascii") as file:
-        return [int(word) for word in file.read().split()]
-
-
-# Places in that.
-READS, WRITES, FLUSHES = 0, 4, 15
-
-
 def test_cache_type():
     """The guest switches its write cache, and the next write is stable, or need not be."""
     vm = LIFE.start()
@@ -291,4 +317,4 @@ def test_end():
 
 
 TESTS = [test_monitor, test_large, test_cache_type, test_read_only, test_resize, test_hotplug,
-         test_snapshot, test_end]
+         test_snapshot, test_end, test_suspend]
