@@ -8,7 +8,7 @@ import devices
 import ktap
 from disks import NullBlk, sh
 from ktap import say
-from vm import Guest, GuestError, QmpError, native_kvm
+from vm import Guest, GuestError, QmpError
 
 OPTIONS = None
 PAIR = None
@@ -29,12 +29,7 @@ PARAMETERS = {"max-bandwidth": 10 ** 10, "downtime-limit": 5000}
 
 
 class Pair:
-    """Two QEMUs that have the same disk, of which one runs the guest.
-
-    Where the host is emulated, so is the guest: KVM ends one now and then there while its memory is
-    write-protected to be logged ("KVM internal error. Suberror: 3", as if a page fault came from the delivery of
-    an event). To vhost-blk that makes no difference.
-    """
+    """Two QEMUs that have the same disk, of which one runs the guest."""
 
     def __init__(self):
         self.disk = NullBlk(64, irqmode=2, nsec=200000)
@@ -47,15 +42,13 @@ class Pair:
                 f"filename={self.disk.path},cache.direct=on",
                 "-device", f"vhost-blk-pci,id=disk0,drive=node0,serial=moving,{device}"]
         return Guest(f"migration-{name}", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel,
-                     OPTIONS.initrd, args, memory="256M",
-                     accel="kvm" if native_kvm() else "tcg,thread=multi")
+                     OPTIONS.initrd, args, memory="256M")
 
     def start(self):
         """The QEMU that runs the guest, under load."""
         vm = self.here
         if vm.process is None or vm.process.poll() is not None:
-            # An emulated guest in an emulated host takes minutes.
-            vm.start(900)
+            vm.start()
             self.block = vm.block("moving")
             vm.run(LOAD % self.block)
             time.sleep(2)
@@ -260,7 +253,7 @@ def test_many():
     test_bytes()
 
 
-# All take minutes where the host is emulated, since the guest is emulated, too, then.
+# All take minutes where the host is emulated.
 TESTS = [ktap.test(each, long=True)
          for each in (test_there_and_back, test_cancelled, test_failed, test_both, test_writeback, test_bytes,
                       test_many)]
