@@ -148,11 +148,11 @@ def passed(output):
 def test_qtest():
     """QEMU's own tests of virtio-blk pass on vhost-blk-pci."""
     # As large as those tests expect.
-    with NullBlk(size=64, discard=1) as disk:
-        where = {"QTEST_VHOST_BLK_DISK": disk.path}
+    with NullBlk(size=64, discard=1) as disk, NullBlk(size=64, zoned=1, zone_size=4) as zoned:
+        where = {"QTEST_VHOST_BLK_DISK": disk.path, "QTEST_VHOST_BLK_ZONED_DISK": zoned.path}
         names = set(re.findall(r"^# (/\S*/vhost-blk-pci/\S*)$", qtest("qos-test", "-l", **where), re.MULTILINE))
         for name in ("basic", "indirect", "config", "resize", "msix", "idx", "nxvirtq", "hotplug",
-                     "multiqueue"):
+                     "multiqueue", "zoned", "zoned-legacy"):
             if not any(each.endswith(f"/{name}") for each in names):
                 raise AssertionError(f"no {name} among {names}")
         done = passed(qtest("qos-test", *(word for name in sorted(names) for word in ("-p", name)), **where))
