@@ -48,7 +48,7 @@ const DRAIN_WARNING_STEPS: u32 = 10;
 
 /// How long a paused virtqueue is drained: then it goes on as before, rather than leave a guest without its
 /// disk.
-const MAX_PAUSE: Delta = Delta::from_secs(10);
+const MAX_PAUSE: Delta = Delta::from_secs(15);
 
 /// A vhost device with its virtqueues; `struct vhost_dev`.
 ///
