@@ -253,5 +253,5 @@ def test_many():
     test_bytes()
 
 
-TESTS = [ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_both, test_writeback,
-         test_bytes, ktap.test(test_many, long=True)]
+TESTS = [ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_both,
+         ktap.test(test_writeback, long=True), test_bytes, ktap.test(test_many, long=True)]

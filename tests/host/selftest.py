@@ -213,13 +213,15 @@ def test_read_only():
             sh("blockdev", "--setrw", disk.path)
 
 
-def test_stop_in_flight():
-    """Stop and release with requests in flight, dm-delay of 10 ms."""
-    load(*PARAMETERS)
-    # Each request is in flight long enough; what compares reads the same slow disk.
-    with Delay(NullBlk(), 10, 10) as disk:
-        ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE,
-                     "--only=stop", "--timeout=60")
+def stop_in_flight(*parameters):
+    """A test that stops and releases the device with requests in flight."""
+    def run():
+        load(*parameters)
+        # Each request is in flight long enough; what compares reads the same slow disk.
+        with Delay(NullBlk(), 10, 10) as disk:
+            ktap.program(OPTIONS.tool, "exercise", "--disk", disk.path, "--ktap", *WRITE,
+                         "--only=stop", "--timeout=60")
+    return run
 
 
 def stop_polled():
@@ -304,7 +306,7 @@ TESTS = [
     test_read_only,
     *backends.TESTS,
     *cgroups.TESTS,
-    test_stop_in_flight,
+    Test("Stop and release with requests in flight, dm-delay of 10 ms", stop_in_flight()),
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread"), long=True),
     Test("requests, starts and stops, with workers that poll", polled, long=True),
@@ -319,16 +321,16 @@ TESTS = [
     Test("the same requests, completed in an interrupt", later),
     Test("rings, memory and eventfds moved, completed without a worker",
          placement(parameters=DIRECT)),
-    Test("the dirty log switched on and off, completed without a worker", dirty_log),
+    Test("the dirty log switched on and off, completed without a worker", dirty_log, long=True),
     Test("exercise: null_blk irqmode=1, completed in a softirq without a worker",
-         exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=DIRECT)),
+         exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=DIRECT), long=True),
     Test("exercise: null_blk irqmode=2, completed in an interrupt",
          exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
     Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),
     Test("stop and restart through a device IOTLB, which the worker completes then, too",
          exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB, "--only=stop", "--only=read",
                   parameters=DIRECT)),
-    Test("Stop and release with requests in flight, without a worker", test_stop_in_flight),
+    Test("Stop and release with requests in flight, without a worker", stop_in_flight(*DIRECT), long=True),
     Test("exercise: null_blk irqmode=2, completed in an interrupt unless the worker polls",
          exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=DIRECT), long=True),
     Test("no page is left pinned, and the module can go", test_pins, prints=1),
@@ -348,7 +350,7 @@ def main():
     OPTIONS.pins = pins()
     for module in (backends, cgroups):
         module.OPTIONS, module.load = OPTIONS, load
-    return ktap.run(TESTS, OPTIONS, prepare=load)
+    return ktap.run(TESTS, OPTIONS)
 
 
 if __name__ == "__main__":
