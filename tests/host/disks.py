@@ -386,9 +386,11 @@ class Thin(Mapped):
     all of it."""
 
     def __init__(self, size=64):
-        self.data = NullBlk(size=2 * size + 16)
+        room = 2 * size + 16
+        self.data = NullBlk(size=room)
+        # The pool has as much room as its table says, however large the disk is.
         self.pool = Mapped("pool", NullBlk(size=8), lambda path, _:
-                           f"0 {size << 11} thin-pool {path} {self.data.path} 128 0")
+                           f"0 {room << 11} thin-pool {path} {self.data.path} 128 0")
         sh("dmsetup", "message", self.pool.name, "0", "create_thin 0")
         super().__init__("thin", self.pool, lambda path, sectors: f"0 {sectors} thin {path} 0")
 
