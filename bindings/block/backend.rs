@@ -117,7 +117,8 @@ impl Backend {
     ///
     /// `EBADF` if there is no such descriptor, `ENOTBLK` if it is neither a block device nor a regular file,
     /// `EINVAL` if it is not open for reading, or is a regular file that can do no direct I/O, or not in blocks
-    /// of up to 4096 bytes, or is open for appending; `ETXTBSY` if it is a file that is swapped to.
+    /// of up to 4096 bytes, or is open for appending; `ETXTBSY` if it is a file that is swapped to; `ENOMEM`;
+    /// errors of the file's filesystem.
     pub(crate) fn from_fd(fd: u32) -> Result<Self> {
         // SAFETY: `fget()` may be called with any number.
         // INVARIANT: `fget()` took the reference.

@@ -955,34 +955,34 @@ impl PendingBios {
     /// # Safety
     ///
     /// As for [`PendingBios::add`]. The caller gives up ownership: when this returns, everything may
-    /// be complete already. The bios' backends must stay open until then, and this object must not move or go
-    /// before.
+    /// be complete already. The bios' backends must stay open until the last bio is done, and this object must
+    /// not move or go before.
     #[inline]
     pub(in crate::bindings) unsafe fn submit(&self) {
         // SAFETY: The caller owns this object.
-        let Some((image, op)) = (unsafe { self.image() }) else {
+        let Some((image, transfers)) = (unsafe { self.image() }) else {
             // SAFETY: The caller promises it. `start()` gives bios that are complete, and `end_io()` takes them
             // back.
             return unsafe { self.start(|bio| raw::submit_bio(bio)) };
         };
         let pending = Pending(self.into());
         // SAFETY: The caller promises what this asks for; `file` is that of the bios.
-        image.spawn(op, move |file| unsafe { pending.submit_to(file) });
+        image.spawn(transfers, move |file| unsafe { pending.submit_to(file) });
     }
 
-    /// The image that the bios are on, if they are on one, and what they do: `REQ_OP_*`.
+    /// The image that the bios are on, if they are on one, and whether they are reads or writes.
     ///
     /// # Safety
     ///
     /// As for [`PendingBios::add`]. The bios' backend must be open.
     #[inline]
-    unsafe fn image(&self) -> Option<(&Image, u32)> {
+    unsafe fn image(&self) -> Option<(&Image, bool)> {
         // SAFETY: The caller owns this object.
         let first = NonNull::new(unsafe { *self.first.get() })?;
         // SAFETY: The list owns the bio, and its image is open.
         unsafe {
             let image = (*prefix(first)).image.as_ref()?;
-            Some((image, (*first.as_ptr()).bi_opf & REQ_OP_MASK))
+            Some((image, image::is_transfer(first.as_ref())))
         }
     }
 
@@ -1023,8 +1023,8 @@ impl PendingBios {
     }
 
     /// As [`PendingBios::submit`], by a task of `submitter`, or here if there is no memory for that, or if they
-    /// are on an image, which has tasks of its own. `device`, which the bios are for, stays open until the last of
-    /// them was submitted.
+    /// are on an image, which has tasks of its own. The task keeps `device`, which the bios are for, open until it
+    /// submitted the last of them, which may be done before.
     ///
     /// # Safety
     ///
@@ -1083,7 +1083,8 @@ impl Pending {
     ///
     /// As for [`PendingBios::submit`]; and the bios must be on the image in `file`.
     unsafe fn submit_to(self, file: &File) {
-        // SAFETY: As in `submit()`. Each bio is complete, and `end_io()` takes it back.
+        // SAFETY: The caller promises it; the bios' backend, which is the image, keeps the file open until the last
+        // of them is done. Each bio is complete, and `end_io()` takes it back.
         unsafe { self.0.as_ref().start(|bio| image::submit(file, bio)) };
     }
 }

@@ -35,7 +35,6 @@ use kernel::{
 ///
 /// `file` is a regular file, open for reading, that can do direct I/O.
 pub(super) struct Image {
-    file: File,
     /// Bytes of the unit in which the file is read and written.
     block_size: u32,
     /// Mask of the address bits that must be 0 in memory that is read or written.
@@ -46,6 +45,8 @@ pub(super) struct Image {
     transfers: Submitter,
     /// Where what takes long is done.
     slow: Submitter,
+    // Dropped when both have ended, in a task that closes it before it returns to user space.
+    file: File,
 }
 
 impl Image {
@@ -97,12 +98,12 @@ impl Image {
         }
         // INVARIANT: `FMODE_CAN_ODIRECT` is set; the caller has looked at the rest.
         Ok(Self {
-            file,
             block_size,
             dma_alignment: stat.dio_mem_align - 1,
             granularity: stat.blksize.max(block_size),
             transfers: Submitter::new(Self::TRANSFERS)?,
             slow: Submitter::new(Self::SLOW)?,
+            file,
         })
     }
 
@@ -162,35 +163,54 @@ impl Image {
     }
 
     /// Has `submit` called by another task with a reference to the file, or here if there is no memory for
-    /// that. `op` is what it is about: `REQ_OP_*`.
+    /// that. `transfers` says that it is about reads or writes: see [`is_transfer()`].
     ///
     /// This object does not end before `submit` has returned, if that is called by another task.
-    pub(super) fn spawn(&self, op: u32, submit: impl FnOnce(&File) + Copy + Send + 'static) {
-        let to = match op {
-            raw::req_op_REQ_OP_READ | raw::req_op_REQ_OP_WRITE => &self.transfers,
-            _ => &self.slow,
+    pub(super) fn spawn(
+        &self,
+        transfers: bool,
+        submit: impl FnOnce(&File) + Copy + Send + 'static,
+    ) {
+        let to = if transfers {
+            &self.transfers
+        } else {
+            &self.slow
         };
         let file = self.file.clone();
         let cgroup = IoCgroup::current();
         let task = move || {
-            // The opener's rights count, to the space that is left for root among others. Memory is allocated
-            // without waiting for disks, since this may be what they wait for.
             // SAFETY: The cgroup is one or null, of which another reference is taken; a kernel thread, as this
-            // one, is charged to none of its own. An open file has credentials. What is restored is what was
-            // saved.
-            unsafe {
-                raw::rust_helper_associate_blkcg(cgroup.as_raw());
-                let cred = raw::rust_helper_override_creds((*file.as_raw()).f_cred);
-                let flags = raw::rust_helper_memalloc_noio_save();
-                submit(&file);
-                raw::rust_helper_memalloc_noio_restore(flags);
-                raw::rust_helper_revert_creds(cred);
-                raw::rust_helper_associate_blkcg(core::ptr::null_mut());
-            }
+            // one, is charged to none of its own.
+            unsafe { raw::rust_helper_associate_blkcg(cgroup.as_raw()) };
+            as_opener(&file, submit);
+            // SAFETY: As above.
+            unsafe { raw::rust_helper_associate_blkcg(core::ptr::null_mut()) };
         };
         if to.spawn(task).is_err() {
-            submit(&self.file.clone());
+            as_opener(&self.file.clone(), submit);
         }
+    }
+}
+
+/// Whether a bio reads or writes data. A write without is a flush.
+pub(super) fn is_transfer(bio: &raw::bio) -> bool {
+    match bio.bi_opf & REQ_OP_MASK {
+        raw::req_op_REQ_OP_READ => true,
+        raw::req_op_REQ_OP_WRITE => bio.bi_iter.bi_size != 0,
+        _ => false,
+    }
+}
+
+/// Calls `submit` with the rights of who opened the file, which count for the space that is left for root among
+/// others. Memory is allocated without waiting for disks, since this may be what they wait for.
+fn as_opener(file: &File, submit: impl FnOnce(&File)) {
+    // SAFETY: An open file has credentials. What is restored is what was saved.
+    unsafe {
+        let cred = raw::rust_helper_override_creds((*file.as_raw()).f_cred);
+        let flags = raw::rust_helper_memalloc_noio_save();
+        submit(file);
+        raw::rust_helper_memalloc_noio_restore(flags);
+        raw::rust_helper_revert_creds(cred);
     }
 }
 

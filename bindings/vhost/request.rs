@@ -330,12 +330,12 @@ impl<'a, T: Operations> Request<'a, T> {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
-        // on the virtqueue's backend, which stays open while slots have an owner.
+        // on the virtqueue's backend, which stays open while a slot has an owner or a bio, and slots stay as long.
         unsafe { slot.bios.submit() };
     }
 
-    /// As [`Request::submit`], by a task of `submitter`, which keeps `backend` open: for bios whose submitter
-    /// may have to wait.
+    /// As [`Request::submit`], by a task of `submitter`, which keeps `backend`, the virtqueue's, open meanwhile:
+    /// for bios whose submitter may have to wait.
     ///
     /// The virtqueue may be stopped, and without a backend, before the task has returned:
     /// [`Submitter::flush`] waits for it.

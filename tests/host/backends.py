@@ -124,6 +124,19 @@ def test_image_waits():
         event("waits", disk, f"dmsetup suspend {lower}", f"dmsetup resume {lower}")
 
 
+def test_image_flushes():
+    """Flushes of an image file that take seconds keep no read waiting."""
+    load()
+    with Image(Ext4(Linear(NullBlk(size=80, cache=1)))) as disk:
+        lower = disk.filesystem.lower
+        path, sectors = lower.lower.path, sh("blockdev", "--getsz", lower.path).strip()
+        good = sh("dmsetup", "table", lower.name).strip().replace("\n", "\\n")
+        half = int(sectors) // 2
+        line = f"{half} delay {{0}} {{1}} 0 {{0}} {{1}} 0 {{0}} {{1}} 2000".format
+        event("flushes", disk,
+              reload(lower, f"0 {line(path, half)}\\n{half} {line(path, 0)}"), reload(lower, good))
+
+
 def slow():
     """A disk that has requests in flight for a while."""
     return NullBlk(irqmode=2, nsec=1000000)
@@ -161,6 +174,7 @@ TESTS = [
     test_set_read_only,
     test_resized,
     test_image_resized,
+    test_image_flushes,
     ktap.test(test_image_waits, long=True),
     ktap.test(test_table_resized, long=True),
 ]

@@ -44,6 +44,12 @@ pub(crate) const TESTS: &[Test] = &[
         120,
         resized
     ),
+    test!(
+        "event.flushes",
+        "flushes that take long keep no read waiting",
+        120,
+        flushes
+    ),
 ];
 
 /// What happens to a disk: a shell makes it happen, and ends it.
@@ -254,6 +260,39 @@ fn fails(context: &Context) -> Result<()> {
         guest.resume(disk::open(&path, true, true)?, &bases),
     )?;
     works_well("after the restart", &mut guest)
+}
+
+fn flushes(context: &Context) -> Result<()> {
+    // More than anybody does at the same time.
+    const FLUSHES: usize = 24;
+    let event = context.event()?;
+    let mut guest = event.guest(context)?;
+    let status = spawn(&event.begin)?.wait()?;
+    ensure!(status.success(), "{}: {status}", event.begin);
+
+    let queue = guest.queue(0);
+    for _ in 0..FLUSHES {
+        queue.submit(Request::flush(), &Shape::default())?;
+    }
+    queue.kick()?;
+    thread::sleep(QUIET);
+    let read = guest
+        .queue(1)
+        .run(Request::read(0, 4096), &Shape::default(), PATIENCE)?;
+    check::outcome("a read", &read, Status::Ok, UsedLen::Full)?;
+    check::same("a read", &read.data, &disk::pattern(0, 8))?;
+
+    let queue = guest.queue(0);
+    ensure!(
+        queue.poll()?.is_none(),
+        "the read was not done before a flush"
+    );
+    for done in queue.wait_all(PATIENCE)? {
+        check::outcome("a flush", &done, Status::Ok, UsedLen::Full)?;
+    }
+    event.end()?;
+    works("stop", guest.stop())?;
+    Ok(())
 }
 
 fn waits(context: &Context) -> Result<()> {
