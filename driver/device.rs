@@ -249,9 +249,12 @@ impl Device {
     }
 
     fn stop_all(&self, device: &DeviceGuard<'_, Queue>) -> Result {
+        // Let go of last, so that the disk is closed when this task returns to user space.
+        let backend = device.virtqueues().find_map(|vq| vq.lock().share_backend());
         device.stop()?;
         // Until then who submitted for it keeps the disk open.
         self.settings.submitter.flush();
+        drop(backend);
         Ok(())
     }
 
