@@ -36,15 +36,19 @@ use kernel::{
             Lock, //
         },
     },
-    time::Delta,
+    time::{
+        Delta,
+        Instant,
+        Monotonic, //
+    },
     types::Opaque, //
 };
 
 /// How long a drain sleeps at most before it looks at the time, in milliseconds.
 const DRAIN_STEP_MS: u32 = 1_000;
 
-/// After how many steps without a completion a drain says what it waits for.
-const DRAIN_WARNING_STEPS: u32 = 10;
+/// After how long without a completion a drain says what it waits for.
+const DRAIN_WARNING: Delta = Delta::from_secs(10);
 
 /// How long a paused virtqueue is drained: then it goes on as before, rather than leave a guest without its
 /// disk.
@@ -200,7 +204,7 @@ impl<T: Operations> Device<T> {
         }
         for (index, vq) in self.virtqueues.iter().enumerate() {
             // Of a stopped virtqueue nothing is left.
-            abandon = Self::drain(index, vq, abandon).unwrap_or(abandon);
+            abandon = self.drain(index, vq, abandon).unwrap_or(abandon);
         }
         // SAFETY: No lock is held that a read-side critical section or a worker waits for. The last
         // request may have been taken while `end_io`, which handed it over, still looks at the
@@ -231,15 +235,16 @@ impl<T: Operations> Device<T> {
     ///
     /// If it is paused and not stopped: `EAGAIN` if requests that are done cannot be completed, since its rings
     /// are not in the device IOTLB, or others are not done in [`MAX_PAUSE`]; `EINTR` if the task is killed.
-    fn drain(index: usize, vq: &Virtqueue<T>, abandon: bool) -> Result<bool> {
+    fn drain(&self, index: usize, vq: &Virtqueue<T>, abandon: bool) -> Result<bool> {
         vq.completions().set_waiting(true);
-        let result = Self::wait_until_idle(index, vq, abandon);
+        let result = self.wait_until_idle(index, vq, abandon);
         vq.completions().set_waiting(false);
         result
     }
 
-    fn wait_until_idle(index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> Result<bool> {
-        let mut steps = 0;
+    fn wait_until_idle(&self, index: usize, vq: &Virtqueue<T>, mut abandon: bool) -> Result<bool> {
+        let mut before = usize::MAX;
+        let mut since = Instant::<Monotonic>::now();
         loop {
             let mut guard = vq.lock_as(true);
             if abandon {
@@ -257,23 +262,25 @@ impl<T: Operations> Device<T> {
                 return Err(EAGAIN);
             }
             if abandon || guard.stopped_for().is_some_and(|time| time >= T::GRACE) {
-                vq.slow().end();
+                // All were stopped together.
+                self.virtqueues.iter().for_each(|vq| vq.slow().end());
             }
             let in_flight = guard.in_flight();
             drop(guard);
 
+            if in_flight != before {
+                (before, since) = (in_flight, Instant::now());
+            } else if since.elapsed() >= DRAIN_WARNING {
+                pr_warn!(
+                    "virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
+                );
+                since = Instant::now();
+            }
             match vq.completions().wait(DRAIN_STEP_MS, !abandon) {
-                Wait::Woken => steps = 0,
                 Wait::Killed if paused.is_some() => return Err(EINTR),
                 Wait::Killed => abandon = true,
-                Wait::TimedOut => {
-                    steps += 1;
-                    if steps % DRAIN_WARNING_STEPS == 0 {
-                        pr_warn!(
-                            "virtqueue {index}: waiting for the disk to complete {in_flight} requests\n"
-                        );
-                    }
-                }
+                // A kick wakes, too.
+                Wait::Woken | Wait::TimedOut => (),
             }
         }
     }
@@ -436,7 +443,7 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
     /// Waits until no request of any virtqueue, all of which are paused, is in flight.
     fn drain_paused(&self) -> Result {
         for (index, vq) in self.virtqueues().enumerate() {
-            Device::drain(index, vq, false)?;
+            self.device.drain(index, vq, false)?;
         }
         Ok(())
     }

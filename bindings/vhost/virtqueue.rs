@@ -103,7 +103,8 @@ pub(crate) trait Operations: Sized + Send + 'static {
     /// What the driver keeps of each request in its slot.
     type Request: Send + 'static;
 
-    /// How long after a stop [`Operations::handle_slow`] is still called. Requests that want it later fail.
+    /// How long after a stop [`Operations::handle_slow`] is still called. Requests that want it later fail, and
+    /// all do if nobody is left who wants them.
     const GRACE: Delta;
 
     /// Called in the virtqueue's worker when the guest added buffers.
