@@ -39,11 +39,6 @@ sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev)
 	return bdev_zone_sectors(bdev);
 }
 
-bool rust_helper_bdev_is_zoned(struct block_device *bdev)
-{
-	return bdev_is_zoned(bdev);
-}
-
 /* A copy: they may change, and Rust has no references to what changes. */
 void rust_helper_bdev_limits(struct block_device *bdev, struct queue_limits *to)
 {

@@ -24,7 +24,6 @@ bool rust_helper_bdev_write_cache(struct block_device *bdev);
 int rust_helper_bdev_alignment_offset(struct block_device *bdev);
 unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev);
 sector_t rust_helper_bdev_zone_sectors(struct block_device *bdev);
-bool rust_helper_bdev_is_zoned(struct block_device *bdev);
 void rust_helper_bdev_limits(struct block_device *bdev, struct queue_limits *to);
 bool rust_helper_bdev_zone_writes_queue(struct block_device *bdev);
 bool rust_helper_bdev_zone_info_cached(struct block_device *bdev);

@@ -75,8 +75,11 @@ impl Backend {
     #[inline]
     pub(crate) fn is_zoned(&self) -> bool {
         self.device().is_some_and(|bdev| {
-            // SAFETY: The reference to the file keeps the block device and its queue alive.
-            unsafe { raw::rust_helper_bdev_is_zoned(bdev) }
+            // SAFETY: The reference to the file keeps the block device and its queue alive. The read is
+            // volatile since the limits may change.
+            let features =
+                unsafe { (&raw const (*(*bdev).bd_queue).limits.features).read_volatile() };
+            features & raw::RUST_CONST_HELPER_BLK_FEAT_ZONED != 0
         })
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct DescChain<'n, 'a, T: Operations> {
     head: u16,
     out_num: usize,
     in_num: usize,
+    readable_len: usize,
+    writable_len: usize,
     descriptors: u32,
     /// The last writable byte. It is not part of the chain's memory any more.
     status: Option<StatusByte>,
@@ -56,12 +58,17 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     #[inline]
     pub(super) fn new(guard: &'n mut VirtqueueGuard<'a, T>, fetched: Fetched) -> Self {
         let (out_num, in_num) = (fetched.out_num, fetched.in_num);
-        let status = StatusByte::cut_off(guard.chain_memory_mut(out_num, in_num));
+        let readable_len = iov::total(guard.chain_memory(0, out_num));
+        let input = guard.chain_memory_mut(out_num, in_num);
+        let status = StatusByte::cut_off(input);
+        let writable_len = iov::total(input);
         Self {
             guard,
             head: fetched.head,
             out_num,
             in_num,
+            readable_len,
+            writable_len,
             descriptors: fetched.descriptors,
             status,
             log: fetched.log,
@@ -82,13 +89,13 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     /// Bytes of memory that the device reads.
     #[inline]
     pub(crate) fn readable_len(&self) -> usize {
-        iov::total(self.out())
+        self.readable_len
     }
 
     /// Bytes of memory that the device writes, without the status.
     #[inline]
     pub(crate) fn writable_len(&self) -> usize {
-        iov::total(self.input())
+        self.writable_len
     }
 
     /// Copies the first bytes that the device reads to `out`. Returns how many: fewer if there are
@@ -193,7 +200,7 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
         Some(Completion {
             head: self.head,
             status: self.status.take()?,
-            writable_len: iov::total(self.input()),
+            writable_len: self.writable_len,
             log: self.log.take(),
         })
     }
