@@ -140,7 +140,7 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
     };
 
     loop {
-        let end = block::with_plug(|| submit::batch(&mut ring, &mut batch));
+        let end = block::with_plug(|plug| submit::batch(&mut ring, &mut batch, plug));
         block::run_softirqs();
         complete::completions(ring.guard());
 

@@ -34,7 +34,8 @@ use crate::bindings::{
         Bio,
         BuildError,
         Building,
-        Op, //
+        Op,
+        Plug, //
     },
     iov::{
         PageBytes,
@@ -75,7 +76,7 @@ pub(super) struct Batch {
 
 /// Why a batch ended.
 pub(super) enum End {
-    /// The ring is empty.
+    /// The ring is empty, or was when it was last looked at.
     Empty,
     /// It is time to look at completions.
     Turn,
@@ -89,9 +90,13 @@ pub(super) enum End {
     Broken,
 }
 
-/// Fetches chains and submits their requests.
-pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch) -> End {
-    for _ in 0..TURN {
+/// Fetches chains and submits their requests, plugged if there are several.
+pub(super) fn batch(
+    ring: &mut NotifyDisabled<'_, '_, Queue>,
+    batch: &mut Batch,
+    plug: &Plug,
+) -> End {
+    for number in 0..TURN {
         // The core is asked when there is something to do about it.
         let weighs = batch.requests >= WEIGHT as usize || batch.bytes >= BYTE_WEIGHT as usize;
         if weighs && ring.exceeds_weight(batch.requests, batch.bytes) {
@@ -104,6 +109,10 @@ pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch)
             Err(FetchError::NoMemory) => return End::NoMemory,
             Err(FetchError::Broken) => return End::Broken,
         };
+        let alone = number == 0 && !chain.guard().has_more();
+        if !alone {
+            plug.start();
+        }
         match submit(chain) {
             Outcome::Submitted(bytes) => {
                 batch.requests += 1;
@@ -111,6 +120,10 @@ pub(super) fn batch(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &mut Batch)
             }
             Outcome::NoMemory => return End::NoMemory,
             Outcome::Broken => return End::Broken,
+        }
+        if alone {
+            // Whoever lets the guest kick again looks at the ring after that.
+            return End::Empty;
         }
     }
     End::Turn

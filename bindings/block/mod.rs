@@ -24,7 +24,8 @@ pub(crate) use bio::{
 };
 pub(crate) use plug::{
     run_softirqs,
-    with_plug, //
+    with_plug,
+    Plug, //
 };
 pub(crate) use submitter::Submitter;
 pub(crate) use zone::Zone;

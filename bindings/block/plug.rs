@@ -5,23 +5,56 @@
 //! C headers: `include/linux/blkdev.h`, `include/linux/bottom_half.h`.
 
 use crate::bindings::raw;
-use core::mem::MaybeUninit;
+use core::{
+    cell::{
+        Cell,
+        UnsafeCell, //
+    },
+    mem::MaybeUninit, //
+};
 
-/// Runs `submit` with the block layer plugged, so that what it submits is merged and handed to the
-/// device in one go when it returns, or when the task sleeps.
+/// Where a task's bios wait for others, from [`Plug::start`] on: see [`with_plug`].
+///
+/// # Invariants
+///
+/// `raw` is initialised and the task's plug if `started`. The object is on the stack frame of [`with_plug`].
+pub(crate) struct Plug {
+    raw: UnsafeCell<MaybeUninit<raw::blk_plug>>,
+    started: Cell<bool>,
+}
+
+impl Plug {
+    /// Plugs the block layer, if it is not. Worth its price if more than one bio is submitted.
+    #[inline]
+    pub(crate) fn start(&self) {
+        if self.started.get() {
+            return;
+        }
+        // SAFETY: By the type invariant it is on a stack frame that outlives the matching
+        // `blk_finish_plug()`, and not started.
+        unsafe { raw::blk_start_plug((*self.raw.get()).as_mut_ptr()) };
+        // INVARIANT: It was started just now, by the task whose stack frame it is on: it is not `Sync`.
+        self.started.set(true);
+    }
+}
+
+/// Runs `submit` with a plug. Once it is started, what is submitted is merged and handed to the device in one
+/// go when `submit` returns, or when the task sleeps.
 ///
 /// Bios may complete before this returns. Context: may sleep.
 #[inline]
-pub(crate) fn with_plug<R>(submit: impl FnOnce() -> R) -> R {
-    let mut plug = MaybeUninit::<raw::blk_plug>::uninit();
+pub(crate) fn with_plug<R>(submit: impl FnOnce(&Plug) -> R) -> R {
+    let plug = Plug {
+        raw: UnsafeCell::new(MaybeUninit::uninit()),
+        started: Cell::new(false),
+    };
 
-    // SAFETY: `plug` is on this stack frame, does not move, and outlives the matching
-    // `blk_finish_plug()` below. The kernel is built with `panic=abort`, so `submit` cannot unwind
-    // past that call.
-    unsafe { raw::blk_start_plug(plug.as_mut_ptr()) };
-    let result = submit();
-    // SAFETY: `plug` was started above by this very task.
-    unsafe { raw::blk_finish_plug(plug.as_mut_ptr()) };
+    let result = submit(&plug);
+    if plug.started.get() {
+        // SAFETY: By the type invariant it was started by this very task. The kernel is built with `panic=abort`,
+        // so `submit` cannot unwind past this call.
+        unsafe { raw::blk_finish_plug((*plug.raw.get()).as_mut_ptr()) };
+    }
     result
 }
 

@@ -851,6 +851,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         unsafe { raw::vhost_vq_avail_empty((*raw).dev, raw) }
     }
 
+    /// Whether more chains were in the ring when it was last looked at.
+    #[inline]
+    pub(crate) fn has_more(&self) -> bool {
+        // SAFETY: The mutex is held.
+        unsafe { (*self.vq.as_raw()).last_avail_idx != (*self.vq.as_raw()).avail_idx }
+    }
+
     /// Whether [`VirtqueueGuard::next_completed`] has something to take.
     #[inline]
     pub(crate) fn has_completed(&mut self) -> bool {
