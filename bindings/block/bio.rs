@@ -519,7 +519,9 @@ impl Bio<'_, Building> {
         memory: &mut UserIter<'_>,
         dma_alignment: u32,
     ) -> Result<(), BuildError> {
-        if self.bounces() || self.is_read() != (memory.direction() == Direction::Destination) {
+        let has_others = !self.vectors().is_empty() && !self.is_pinned();
+        let goes_back = self.is_read() != (memory.direction() == Direction::Destination);
+        if self.bounces() || has_others || goes_back {
             return Err(BuildError::Fault);
         }
         // SAFETY: By the type invariant the bio is ours.
@@ -612,7 +614,7 @@ impl Bio<'_, Building> {
 
     /// Adds `sectors` sectors of zeroes to a write without other data, as many as fit.
     pub(crate) fn add_zeroes(&mut self, sectors: u32) {
-        if self.op() != raw::req_op_REQ_OP_WRITE || self.bounces() || self.is_pinned() {
+        if self.op() != raw::req_op_REQ_OP_WRITE || !self.vectors().is_empty() {
             return;
         }
         // SAFETY: By the type invariant the bio is ours.
@@ -649,9 +651,10 @@ impl Bio<'_, Building> {
         memory: &mut UserIter<'_>,
         len: usize,
     ) -> Result<(), BuildError> {
+        let has_others = !self.vectors().is_empty() && !self.bounces();
         // SAFETY: By the type invariant the bio is ours.
         let bio = unsafe { &mut *self.raw.as_ptr() };
-        if bio.bi_flags & (1 << raw::BIO_PAGE_PINNED) != 0 {
+        if has_others || bio.bi_flags & (1 << raw::BIO_PAGE_PINNED) != 0 {
             return Err(BuildError::Fault);
         }
         // INVARIANT: All vectors that the bio gets are pages allocated below.
