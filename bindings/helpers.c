@@ -243,6 +243,13 @@ u64 rust_helper_local_clock(void)
 	return local_clock();
 }
 
+/* Lets others have the processor, and says whether the task was killed. */
+bool rust_helper_cond_resched_killed(void)
+{
+	cond_resched();
+	return fatal_signal_pending(current);
+}
+
 bool rust_helper_need_resched(void)
 {
 	return need_resched();

@@ -67,6 +67,7 @@ struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
 void rust_helper_local_bh_disable_enable(void);
 
 u64 rust_helper_local_clock(void);
+bool rust_helper_cond_resched_killed(void);
 bool rust_helper_need_resched(void);
 bool rust_helper_need_resched_lazy(void);
 

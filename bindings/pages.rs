@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory of the owner that the kernel can write in any context.
+//! Memory of the owner that stays where it is: that the kernel writes in any context, or gives to disks.
 //!
 //! C headers: `include/linux/mm.h`, `include/linux/vmalloc.h`, `include/linux/highmem.h`.
 
@@ -10,18 +10,29 @@ use crate::bindings::{
 };
 use core::ptr::NonNull;
 use kernel::{
+    error::to_result,
     ffi::c_ulong,
-    prelude::*, //
+    mm::Mm,
+    prelude::*,
+    sync::aref::ARef, //
 };
 
 const PAGE_SIZE: usize = raw::PAGE_SIZE;
+
+/// Pages that are pinned, or unpinned, before others get the processor.
+const BATCH: usize = 512;
 
 /// Pages of the owner's memory, pinned for writing, which are marked dirty when they are unpinned.
 ///
 /// # Invariants
 ///
 /// Each element is a page with one pin that belongs to this object.
-struct PinnedPages(KVec<*mut raw::page>);
+struct PinnedPages(KVVec<*mut raw::page>);
+
+// SAFETY: Pages are no thread's own.
+unsafe impl Send for PinnedPages {}
+// SAFETY: As above; nothing changes them.
+unsafe impl Sync for PinnedPages {}
 
 impl PinnedPages {
     /// Pins the `count` pages from `address`, the start of one, on, for as long as it takes.
@@ -30,40 +41,144 @@ impl PinnedPages {
     ///
     /// # Errors
     ///
-    /// `EFAULT` if there is memory that cannot be written or pinned for long, `ENOMEM`.
+    /// `EFAULT` if there is memory that cannot be written or pinned for long, `ENOMEM`, `EINTR` if the task was
+    /// killed.
     fn new(address: usize, count: usize) -> Result<Self> {
-        let mut pages = Self(KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?);
-        // SAFETY: There is room for `count` elements. Any user address may be asked for.
-        let pinned = unsafe {
-            raw::pin_user_pages_fast(
-                address as c_ulong,
-                count as i32,
-                raw::FOLL_WRITE | raw::FOLL_LONGTERM,
-                pages.0.as_mut_ptr(),
-            )
-        };
-        // INVARIANT: So many elements were set to pages that are pinned.
-        // SAFETY: As above; it is not above `count`, the capacity.
-        unsafe {
-            pages
-                .0
-                .inc_len(usize::try_from(pinned).map_err(|_| EFAULT)?)
-        };
-        if pages.0.len() == count {
-            Ok(pages)
-        } else {
-            Err(EFAULT)
+        let mut pages = Self(KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?);
+        while pages.0.len() < count {
+            // SAFETY: Process context.
+            if unsafe { raw::rust_helper_cond_resched_killed() } {
+                return Err(EINTR);
+            }
+            let done = pages.0.len();
+            // SAFETY: There is room for so many elements. Any user address may be asked for.
+            let pinned = unsafe {
+                raw::pin_user_pages_fast(
+                    address.wrapping_add(done * PAGE_SIZE) as c_ulong,
+                    (count - done).min(BATCH) as i32,
+                    raw::FOLL_WRITE | raw::FOLL_LONGTERM,
+                    pages.0.spare_capacity_mut().as_mut_ptr().cast(),
+                )
+            };
+            to_result(pinned.min(0))?;
+            if pinned == 0 {
+                return Err(EFAULT);
+            }
+            // INVARIANT: So many elements were set to pages that are pinned.
+            // SAFETY: As above; it is not above the room that there is. CAST: Positive.
+            unsafe { pages.0.inc_len(pinned as usize) };
         }
+        Ok(pages)
     }
 }
 
 impl Drop for PinnedPages {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant all elements are pinned pages; the pins end here. The
-        // object's owner is in process context: see `Mapping`.
-        unsafe {
-            raw::unpin_user_pages_dirty_lock(self.0.as_mut_ptr(), self.0.len() as c_ulong, true);
+        for pages in self.0.chunks_mut(BATCH) {
+            // SAFETY: By the type invariant all elements are pinned pages; the pins end here. The object's
+            // owner is in process context: see `Mapping` and `PinnedMemory`.
+            unsafe {
+                raw::unpin_user_pages_dirty_lock(pages.as_mut_ptr(), pages.len() as c_ulong, true);
+                raw::rust_helper_cond_resched_killed();
+            }
         }
+    }
+}
+
+/// Stretches of the owner's memory that stay pinned, each page known by its address.
+///
+/// The owner sees this memory as long as it does not map something else at the address, nor gives its pages
+/// back. Whoever holds this asks for a new one when the owner says that it did.
+///
+/// Context: dropped in process context; may sleep.
+///
+/// The longest stretch comes first: most of a guest's memory is in one.
+pub(crate) struct PinnedMemory(KVec<PinnedStretch>);
+
+struct PinnedStretch {
+    start: usize,
+    pages: PinnedPages,
+    _locked: LockedMemory,
+}
+
+impl PinnedMemory {
+    /// Pins all pages of `stretches`, address and length of each, for as long as it takes, and counts them as
+    /// locked memory of the calling task's.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if there is memory that cannot be written or pinned for long, `ENOMEM` if it is more than
+    /// `RLIMIT_MEMLOCK` allows, or there is none to note where the pages are, `EINTR` if the task was killed.
+    pub(super) fn new(stretches: &[(usize, usize)]) -> Result<Self> {
+        let mut pinned = KVec::with_capacity(stretches.len(), GFP_KERNEL_ACCOUNT)?;
+        for &(address, len) in stretches {
+            let offset = address % PAGE_SIZE;
+            let count = offset.checked_add(len).ok_or(EFAULT)?.div_ceil(PAGE_SIZE);
+            let locked = LockedMemory::new(count)?;
+            let start = address - offset;
+            let stretch = PinnedStretch {
+                start,
+                pages: PinnedPages::new(start, count)?,
+                _locked: locked,
+            };
+            pinned.push(stretch, GFP_KERNEL_ACCOUNT)?;
+        }
+        let longest = pinned
+            .iter()
+            .enumerate()
+            .max_by_key(|(_, stretch)| stretch.pages.0.len());
+        if let Some((longest, _)) = longest {
+            pinned.swap(0, longest);
+        }
+        Ok(Self(pinned))
+    }
+
+    /// The page that `address` is in, if it stays pinned: as long as this object does.
+    #[inline]
+    pub(super) fn page(&self, address: usize) -> Option<*mut raw::page> {
+        self.0.iter().find_map(|stretch| {
+            let index = address.wrapping_sub(stretch.start) / PAGE_SIZE;
+            stretch.pages.0.get(index).copied()
+        })
+    }
+}
+
+/// Pages that count as locked memory of an address space.
+///
+/// # Invariants
+///
+/// `pages` were added to the count of `mm`, and belong to this object.
+struct LockedMemory {
+    mm: ARef<Mm>,
+    pages: usize,
+}
+
+impl LockedMemory {
+    /// Counts `pages` in the calling task's address space. Context: may sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if that is more than `RLIMIT_MEMLOCK` allows, `EFAULT` if the task has no address space.
+    fn new(pages: usize) -> Result<Self> {
+        let task = current!();
+        let mm: &Mm = task.mm().ok_or(EFAULT)?;
+        // SAFETY: It is the address space of the calling task.
+        to_result(unsafe { raw::account_locked_vm(mm.as_raw(), pages as c_ulong, true) })?;
+        // INVARIANT: They were just added.
+        Ok(Self {
+            mm: mm.into(),
+            pages,
+        })
+    }
+}
+
+impl Drop for LockedMemory {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant there is a reference to the address space, and its count has these
+        // pages.
+        unsafe { raw::account_locked_vm(self.mm.as_raw(), self.pages as c_ulong, false) };
     }
 }
 

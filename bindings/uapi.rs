@@ -33,6 +33,9 @@ pub(crate) const SERIAL_LEN: usize = raw::VHOST_BLK_SERIAL_LEN as usize;
 /// `VHOST_BLK_CAP_WRITEBACK`: the writeback mode can be switched.
 const CAP_WRITEBACK: u64 = 1 << 0;
 
+/// `VHOST_BLK_CAP_PIN_MEMORY`: the guest's memory can stay pinned.
+const CAP_PIN_MEMORY: u64 = 1 << 1;
+
 const TYPE: u32 = raw::VHOST_VIRTIO;
 
 /// Numbers of the ioctls. bindgen does not evaluate the macros, for they use `sizeof`.
@@ -53,6 +56,7 @@ pub(crate) const SET_BACKEND: u32 = _IOW::<raw::vhost_vring_file>(TYPE, 0xff);
 pub(crate) const SET_SERIAL: u32 = _IOW::<[u8; SERIAL_LEN]>(TYPE, 0xfe);
 pub(crate) const GET_INFO: u32 = _IOWR::<raw::vhost_blk_info>(TYPE, 0xfd);
 pub(crate) const SET_WRITEBACK: u32 = _IOW::<u32>(TYPE, 0xfc);
+pub(crate) const SET_PIN_MEMORY: u32 = _IOW::<u32>(TYPE, 0xfb);
 
 /// Numbers of the feature bits.
 pub(crate) mod feature {
@@ -156,7 +160,7 @@ impl Info {
         let info = &mut self.0;
         info.argsz = size_of::<Self>() as u32;
         info.abi_version = raw::VHOST_BLK_ABI_VERSION;
-        info.capabilities = CAP_WRITEBACK;
+        info.capabilities = CAP_WRITEBACK | CAP_PIN_MEMORY;
         info.max_virtqueues = max_virtqueues as u32;
         info.max_queue_size = max_queue_size;
         info.device_bytes = device_bytes as u32;
@@ -164,9 +168,12 @@ impl Info {
         info.slot_bytes = slot_bytes as u32;
     }
 
-    /// Says that a backend runs.
-    pub(crate) fn set_running(&mut self) {
+    /// Says that a backend runs, and whether the guest's memory stays pinned meanwhile.
+    pub(crate) fn set_running(&mut self, memory_pinned: bool) {
         self.0.flags |= raw::VHOST_BLK_INFO_RUNNING;
+        if memory_pinned {
+            self.0.flags |= raw::VHOST_BLK_INFO_MEMORY_PINNED;
+        }
     }
 
     /// Sets the fields of a backend, of which a zone append may be of so many sectors.

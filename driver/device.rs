@@ -28,6 +28,7 @@ use crate::bindings::{
         DeviceGuard,
         EventFd,
         Virtqueue,
+        VirtqueueGuard,
         MAX_QUEUE_SIZE, //
     },
 };
@@ -87,6 +88,8 @@ const SUBMITTERS: i32 = 4;
 #[pin_data]
 pub(crate) struct Settings {
     writeback: Atomic<bool>,
+    /// The guest's memory stays pinned while a backend runs, from the next start on.
+    pin_memory: Atomic<bool>,
     #[pin]
     serial: Mutex<[u8; SERIAL_LEN]>,
     /// For what the worker must not wait for.
@@ -97,6 +100,7 @@ impl Settings {
     fn new() -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             writeback: Atomic::new(true),
+            pin_memory: Atomic::new(false),
             serial <- new_mutex!([0; SERIAL_LEN]),
             submitter: Submitter::new(SUBMITTERS)?,
         }? Error)
@@ -105,6 +109,7 @@ impl Settings {
     /// As after opening.
     fn reset(&self) {
         self.writeback.store(true, ordering::Relaxed);
+        self.pin_memory.store(false, ordering::Relaxed);
         *self.serial.lock() = [0; SERIAL_LEN];
     }
 
@@ -163,7 +168,8 @@ impl chardev::File for Device {
             },
             uapi::RESET_OWNER => self.reset_owner(),
             uapi::SET_SERIAL => self.set_serial(read(arg)?),
-            uapi::SET_WRITEBACK => self.set_writeback(read(arg)?),
+            uapi::SET_WRITEBACK => set_switch(&self.settings.writeback, read(arg)?),
+            uapi::SET_PIN_MEMORY => set_switch(&self.settings.pin_memory, read(arg)?),
             uapi::GET_INFO => self.info(arg),
             uapi::NEW_WORKER
             | uapi::FREE_WORKER
@@ -177,7 +183,11 @@ impl chardev::File for Device {
             uapi::SET_VRING_CALL => self.set_vring_call(arg),
             uapi::SET_MEM_TABLE | uapi::SET_VRING_ADDR => {
                 let device = self.vhost.lock();
-                let result = device.core_ioctl(cmd, arg)?;
+                let result = if cmd == uapi::SET_MEM_TABLE {
+                    device.set_memory(arg)?
+                } else {
+                    device.core_ioctl(cmd, arg)?
+                };
                 for vq in device.virtqueues() {
                     vq.lock().follow_memory();
                 }
@@ -236,7 +246,12 @@ impl Device {
         device.forget_misses();
         let backend = Arc::new(backend, GFP_KERNEL_ACCOUNT)?;
         let direct = compat::parameter(crate::module_parameters::direct_completion.value()) != 0;
-        start_all(&device, &backend, direct).inspect_err(|_| {
+        let pin_memory = self.settings.pin_memory.load(ordering::Relaxed);
+        let memory = pin_memory.then(|| device.pin_memory()).transpose()?;
+        start_all(&device, |guard| {
+            guard.start(backend.clone(), direct, memory.clone())
+        })
+        .inspect_err(|_| {
             // The caller is the owner, which is all that stopping asks for.
             let _ = self.stop_all(&device);
         })?;
@@ -274,16 +289,6 @@ impl Device {
         Ok(0)
     }
 
-    fn set_writeback(&self, writeback: u32) -> Result<isize> {
-        let writeback = match writeback {
-            0 => false,
-            1 => true,
-            _ => return Err(EINVAL),
-        };
-        self.settings.writeback.store(writeback, ordering::Relaxed);
-        Ok(0)
-    }
-
     fn info(&self, arg: usize) -> Result<isize> {
         let (len, fd) = Info::read_query(arg)?;
         let mut info = Info::new();
@@ -299,7 +304,7 @@ impl Device {
         for vq in device.virtqueues() {
             let guard = vq.lock();
             if guard.is_running() {
-                info.set_running();
+                info.set_running(guard.is_memory_pinned());
                 if let (None, Some(backend)) = (fd, guard.backend()) {
                     set_backend(&mut info, backend);
                 }
@@ -315,15 +320,29 @@ impl Device {
     }
 }
 
-fn start_all(device: &DeviceGuard<'_, Queue>, backend: &Arc<Backend>, direct: bool) -> Result {
+fn start_all(
+    device: &DeviceGuard<'_, Queue>,
+    start: impl Fn(&mut VirtqueueGuard<'_, Queue>) -> Result,
+) -> Result {
     for vq in device.virtqueues() {
         let mut guard = vq.lock();
         if guard.is_set_up() {
             guard.data_mut().reset();
-            guard.start(backend.clone(), direct)?;
+            start(&mut guard)?;
         }
     }
     Ok(())
+}
+
+/// Sets what user space says with 0 or 1.
+fn set_switch(switch: &Atomic<bool>, value: u32) -> Result<isize> {
+    let on = match value {
+        0 => false,
+        1 => true,
+        _ => return Err(EINVAL),
+    };
+    switch.store(on, ordering::Relaxed);
+    Ok(0)
 }
 
 /// Sets the fields of a backend: what it can do, as far as the device can make use of it.

@@ -413,7 +413,7 @@ fn transfer_page(
         chain.discard();
         return Outcome::NoMemory;
     };
-    if bio.pin_page(page).is_err() {
+    if chain.pin_page(&mut bio, page).is_err() {
         return complete(chain, Status::IoErr, 0);
     }
     let read_len = if op == Op::Read { page.len() } else { 0 };

@@ -21,6 +21,7 @@ use crate::bindings::{
         PageBytes,
         UserIter, //
     },
+    pages::PinnedMemory,
     raw,
     vhost::CompletionList, //
 };
@@ -61,6 +62,8 @@ struct Prefix {
     next: *mut raw::bio,
     /// The image that the bio is on; null if it is on a block device.
     image: *const Image,
+    /// Where the page of the bio stays pinned, if it was not pinned for the bio; else null.
+    memory: *const PinnedMemory,
     /// Whether the bio's pages are the kernel's own, to bounce through, and not pinned.
     bounces: bool,
 }
@@ -72,6 +75,7 @@ impl Prefix {
         Self {
             next: core::ptr::null_mut(),
             image: backend.image(),
+            memory: core::ptr::null(),
             bounces: false,
         }
     }
@@ -420,8 +424,8 @@ pub(crate) enum BuildError {
 ///
 /// - `raw` is a bio of a [`BioSet`] or a [`BioRoom`], of which this object has the only reference.
 /// - Its vectors are kernel pages allocated for it if its prefix says that it bounces, else pages
-///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none, or it is a write and all are the
-///   zero page, which is nobody's.
+///   pinned for it if `BIO_PAGE_PINNED` is set, else there are none, or all are of the memory that its
+///   prefix names, or it is a write and all are the zero page, which is nobody's.
 pub(crate) struct Bio<'a, State> {
     raw: NonNull<raw::bio>,
     _state: PhantomData<(&'a BioSet, State)>,
@@ -496,6 +500,14 @@ impl Bio<'_, Building> {
         bdev == device.as_raw() && image == device.image()
     }
 
+    /// Whether all of its pages are its own, or stay pinned in `memory`.
+    #[inline]
+    pub(in crate::bindings) fn is_of(&self, memory: Option<&PinnedMemory>) -> bool {
+        // SAFETY: By the type invariant the bio is ours, with its prefix.
+        let kept = unsafe { (*prefix(self.raw)).memory };
+        kept.is_null() || memory.is_some_and(|memory| core::ptr::eq(kept, memory))
+    }
+
     /// Bytes of data in it.
     #[inline]
     pub(crate) fn len(&self) -> usize {
@@ -557,8 +569,8 @@ impl Bio<'_, Building> {
         Ok(())
     }
 
-    /// Pins memory of one page and adds it: for that, the same as [`Bio::pin`]. Its address and length are
-    /// aligned as the device wants it.
+    /// Pins memory of one page, unless it stays pinned in `kept`, and adds it: for that, the same as
+    /// [`Bio::pin`]. Its address and length are aligned as the device wants it.
     ///
     /// Context: process context in the owner's address space; may sleep.
     ///
@@ -566,7 +578,11 @@ impl Bio<'_, Building> {
     ///
     /// [`BuildError::Fault`] if the memory cannot be pinned, or the bio has data already.
     #[inline]
-    pub(crate) fn pin_page(&mut self, memory: &PageBytes) -> Result<(), BuildError> {
+    pub(in crate::bindings) fn pin_page(
+        &mut self,
+        memory: &PageBytes,
+        kept: Option<&PinnedMemory>,
+    ) -> Result<(), BuildError> {
         let writes = memory.direction() == Direction::Destination;
         let (bounces, is_read) = (self.bounces(), self.is_read());
         // SAFETY: By the type invariant the bio is ours.
@@ -575,14 +591,26 @@ impl Bio<'_, Building> {
             return Err(BuildError::Fault);
         }
         let offset = memory.address() % raw::PAGE_SIZE;
-        let flags = if writes { raw::FOLL_WRITE } else { 0 };
-        let mut page = core::ptr::null_mut();
-        // SAFETY: There is room for one page. Any user address may be asked for.
-        let pinned =
-            unsafe { raw::pin_user_pages_fast(memory.address() - offset, 1, flags, &mut page) };
-        if pinned != 1 {
-            return Err(BuildError::Fault);
-        }
+        let page = match kept.and_then(|kept| Some((kept, kept.page(memory.address())?))) {
+            // INVARIANT: The only vector will be of this memory.
+            Some((kept, page)) => {
+                // SAFETY: By the type invariant the bio is ours, with its prefix.
+                unsafe { (*prefix(self.raw)).memory = kept };
+                page
+            }
+            None => {
+                let flags = if writes { raw::FOLL_WRITE } else { 0 };
+                let address = memory.address() - offset;
+                let mut page = core::ptr::null_mut();
+                // SAFETY: There is room for one page. Any user address may be asked for.
+                if unsafe { raw::pin_user_pages_fast(address, 1, flags, &mut page) } != 1 {
+                    return Err(BuildError::Fault);
+                }
+                // INVARIANT: The only vector will be pinned.
+                bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
+                page
+            }
+        };
         // CAST: Both are not above the size of a page.
         let vector = raw::bio_vec {
             bv_page: page,
@@ -591,9 +619,7 @@ impl Bio<'_, Building> {
         };
         // SAFETY: There is room for at least one vector.
         unsafe { *bio.bi_io_vec = vector };
-        // INVARIANT: The only vector is pinned.
         bio.bi_vcnt = 1;
-        bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
         bio.bi_iter.bi_size = memory.len() as u32;
         Ok(())
     }

@@ -17,6 +17,7 @@ use super::{
 use crate::bindings::{
     block::{
         Bio,
+        BuildError,
         Building,
         Op, //
     },
@@ -175,6 +176,22 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     #[inline]
     pub(crate) fn new_bio(&self, op: Op, sector: u64, pages: usize) -> Option<Bio<'a, Building>> {
         self.guard.first_bio(self.head, op, sector, pages)
+    }
+
+    /// Adds memory of one page to a bio without data: from what stays pinned, or pinned for the bio.
+    ///
+    /// Context: process context in the owner's address space; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Fault`] if the memory cannot be pinned, or the bio has data already, or goes the other way.
+    #[inline]
+    pub(crate) fn pin_page(
+        &self,
+        bio: &mut Bio<'_, Building>,
+        memory: &PageBytes,
+    ) -> Result<(), BuildError> {
+        bio.pin_page(memory, self.guard.memory())
     }
 
     /// Gives the chain back to the ring: it is the next one to be fetched.

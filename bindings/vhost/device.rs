@@ -14,6 +14,7 @@ use super::{
     },
 };
 use crate::bindings::{
+    pages::PinnedMemory,
     raw,
     uapi, //
 };
@@ -35,6 +36,7 @@ use kernel::{
             Guard,
             Lock, //
         },
+        Arc, //
     },
     time::{
         Delta,
@@ -423,14 +425,7 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
             logs.push(LogArray::new(on, max_iovecs)?, GFP_KERNEL)?;
         }
         if on {
-            for vq in self.virtqueues() {
-                vq.lock().pause();
-            }
-            self.drain_paused().inspect_err(|_| {
-                for vq in self.virtqueues() {
-                    vq.lock().unpause();
-                }
-            })?;
+            self.pause()?;
         }
         for (vq, log) in self.virtqueues().zip(logs) {
             let mut guard = vq.lock();
@@ -440,12 +435,78 @@ impl<'a, T: Operations> DeviceGuard<'a, T> {
         Ok(())
     }
 
-    /// Waits until no request of any virtqueue, all of which are paused, is in flight.
-    fn drain_paused(&self) -> Result {
-        for (index, vq) in self.virtqueues().enumerate() {
-            self.device.drain(index, vq, false)?;
+    /// Lets no virtqueue fetch anything, and waits until no request of any is in flight. If it fails, all go on.
+    fn pause(&self) -> Result {
+        for vq in self.virtqueues() {
+            vq.lock().pause();
         }
-        Ok(())
+        let mut virtqueues = self.virtqueues().enumerate();
+        let drained = virtqueues.try_for_each(|(index, vq)| {
+            self.device.drain(index, vq, false)?;
+            Ok(())
+        });
+        drained.inspect_err(|_| {
+            for vq in self.virtqueues() {
+                vq.lock().unpause();
+            }
+        })
+    }
+
+    /// Pins the guest's memory, all of the table that `VHOST_SET_MEM_TABLE` set.
+    ///
+    /// Context: a task of the owner's; may sleep, long if there is much.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if the caller is not the owner; those of [`PinnedMemory::new`].
+    pub(crate) fn pin_memory(&self) -> Result<Arc<PinnedMemory>> {
+        self.check_owner()?;
+        let mut stretches = KVec::new();
+        // SAFETY: The device is initialised and its mutex held, under which the core changes the table.
+        unsafe {
+            let umem = (*self.device.as_raw()).umem;
+            if !umem.is_null() {
+                let mut map = raw::vhost_iotlb_itree_first(umem, 0, u64::MAX);
+                while !map.is_null() {
+                    let stretch = ((*map).addr as usize, (*map).size as usize);
+                    stretches.push(stretch, GFP_KERNEL)?;
+                    map = raw::vhost_iotlb_itree_next(map, 0, u64::MAX);
+                }
+            }
+        }
+        Arc::new(PinnedMemory::new(&stretches)?, GFP_KERNEL_ACCOUNT).map_err(Error::from)
+    }
+
+    /// `VHOST_SET_MEM_TABLE`. If a backend runs for which memory stays pinned, waits until no request is in
+    /// flight, and pins the memory that is in the new table instead. If that cannot be, requests pin what they
+    /// need.
+    ///
+    /// Context: a task of the owner's; may sleep as long as the disk takes.
+    ///
+    /// # Errors
+    ///
+    /// Those of the core; where memory stays pinned, `EPERM` if the caller is not the owner, `EAGAIN` and
+    /// `EINTR` as [`DeviceGuard::set_features`].
+    pub(crate) fn set_memory(&self, arg: usize) -> Result<isize> {
+        if !self.virtqueues().any(|vq| vq.lock().is_memory_pinned()) {
+            return self.core_ioctl(uapi::SET_MEM_TABLE, arg);
+        }
+        self.check_owner()?;
+        self.pause()?;
+        // First, so that what is in both tables is not counted twice.
+        self.set_pinned(None);
+        let result = self.core_ioctl(uapi::SET_MEM_TABLE, arg);
+        self.set_pinned(self.pin_memory().ok());
+        for vq in self.virtqueues() {
+            vq.lock().unpause();
+        }
+        result
+    }
+
+    fn set_pinned(&self, memory: Option<Arc<PinnedMemory>>) {
+        for vq in self.virtqueues() {
+            vq.lock().set_memory(memory.clone());
+        }
     }
 
     /// Takes the device from its owner, rings and features reset. It must be stopped.

@@ -303,10 +303,12 @@ impl<'a, T: Operations> Request<'a, T> {
 
     /// Adds a bio, to be submitted after those that were added before.
     ///
-    /// One that was made for another virtqueue or backend fails the request instead.
+    /// One that was made for another virtqueue, backend or memory fails the request instead.
     #[inline]
     pub(crate) fn add(&mut self, guard: &VirtqueueGuard<'_, T>, bio: Bio<'_, Building>) {
-        let fits = guard.is_of(self.vq) && guard.backend().is_some_and(|device| bio.is_on(device));
+        let fits = guard.is_of(self.vq)
+            && guard.backend().is_some_and(|device| bio.is_on(device))
+            && bio.is_of(guard.memory());
         if fits {
             // SAFETY: By the type invariant the slot's bios are ours.
             unsafe { self.slot.bios.add(bio) };
@@ -330,7 +332,8 @@ impl<'a, T: Operations> Request<'a, T> {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
-        // on the virtqueue's backend, which stays open while a slot has an owner or a bio, and slots stay as long.
+        // on the virtqueue's backend and memory, which stay open and pinned while a slot has an owner or a bio; slots
+        // stay as long.
         unsafe { slot.bios.submit() };
     }
 

@@ -58,6 +58,7 @@ use crate::bindings::{
         self,
         IoVec, //
     },
+    pages::PinnedMemory,
     raw,
     uapi, //
 };
@@ -135,6 +136,8 @@ struct Inner<T: Operations> {
     data: T,
     /// The backend, from the start until the last request of it is complete.
     backend: Option<Arc<Backend>>,
+    /// The guest's memory, if it stays pinned meanwhile.
+    memory: Option<Arc<PinnedMemory>>,
     /// One slot for each descriptor.
     slots: VVec<Slot<T::Request>>,
     /// Memory of the chain that is being looked at.
@@ -182,8 +185,8 @@ pub(super) struct Missed {
 ///
 /// - `raw` is part of a `struct vhost_dev` from that one's initialisation on.
 /// - `inner` is accessed with `raw.mutex` held, or exclusively.
-/// - All slots' requests belong to this virtqueue; while one is in flight, or a slot has a bio, neither
-///   `inner.slots` nor `inner.backend` changes.
+/// - All slots' requests belong to this virtqueue; while one is in flight, or a slot has a bio, none of
+///   `inner.slots`, `inner.backend` and `inner.memory` changes.
 #[pin_data]
 #[repr(C)]
 pub(crate) struct Virtqueue<T: Operations> {
@@ -239,6 +242,7 @@ impl<T: Operations> Virtqueue<T> {
             inner: UnsafeCell::new(Inner {
                 data,
                 backend: None,
+                memory: None,
                 slots: VVec::new(),
                 iovecs: VVec::new(),
                 log: LogArray::OFF,
@@ -532,14 +536,20 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Starts on `backend`: allocates the slots and lets the worker look at the ring. With `direct`,
-    /// requests may be completed without the worker.
+    /// requests may be completed without the worker. What of the guest's memory is in `memory` is not pinned
+    /// for each request.
     ///
     /// # Errors
     ///
     /// `EBUSY` if a backend runs or requests are in flight, `EFAULT` if the rings are not
     /// accessible (with a device IOTLB the worker finds that), `EINVAL` if the ring is larger than
     /// [`MAX_QUEUE_SIZE`], `ENOMEM`.
-    pub(crate) fn start(&mut self, backend: Arc<Backend>, direct: bool) -> Result {
+    pub(crate) fn start(
+        &mut self,
+        backend: Arc<Backend>,
+        direct: bool,
+        memory: Option<Arc<PinnedMemory>>,
+    ) -> Result {
         if self.is_running() || !self.is_idle() {
             return Err(EBUSY);
         }
@@ -580,6 +590,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.log = log;
         inner.paused = false;
         inner.backend = Some(backend);
+        inner.memory = memory;
         inner.used = 0;
         inner.broken = false;
         inner.missed = Missed::default();
@@ -665,6 +676,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.iovecs = VVec::new();
         inner.log = LogArray::OFF;
         inner.backend = None;
+        inner.memory = None;
         self.set_rings(None);
     }
 
@@ -767,6 +779,25 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     #[inline]
     pub(crate) fn backend(&self) -> Option<&Backend> {
         self.inner().backend.as_deref()
+    }
+
+    /// The guest's memory, if it stays pinned while a backend runs.
+    #[inline]
+    pub(super) fn memory(&self) -> Option<&PinnedMemory> {
+        self.inner().memory.as_deref()
+    }
+
+    /// Whether the guest's memory stays pinned.
+    pub(crate) fn is_memory_pinned(&self) -> bool {
+        self.memory().is_some()
+    }
+
+    /// Replaces the memory that stays pinned. Does nothing unless no request is in flight.
+    pub(super) fn set_memory(&mut self, memory: Option<Arc<PinnedMemory>>) {
+        if self.is_running() && self.is_idle() {
+            // INVARIANT: No slot is in flight.
+            self.inner_mut().memory = memory;
+        }
     }
 
     /// The backend as [`VirtqueueGuard::backend`], for a request to keep.

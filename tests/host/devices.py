@@ -185,13 +185,23 @@ def test_monitor():
             raise AssertionError("it runs")
 
 
+def check_locked(vm, least):
+    """Check that QEMU has so many KiB of locked memory, and not much more."""
+    with open(f"/proc/{vm.process.pid}/status", encoding="ascii") as file:
+        locked = int(re.search(r"^VmLck:\s*(\d+)", file.read(), re.MULTILINE).group(1))
+    if not least <= locked <= least * 1.1:
+        raise AssertionError(f"QEMU has {locked} KiB of locked memory, not {least}")
+
+
 def test_options():
-    """A guest with a disk for each option: read-only, one queue, legacy, vhostfd, workers, polls."""
-    disks = [NullBlk(), NullBlk(), NullBlk(), NullBlk(irqmode=1), NullBlk(block_size=4096)]
+    """A guest with a disk for each option: read-only, one queue, legacy, vhostfd, workers, polls, pinned."""
+    disks = [NullBlk(), NullBlk(), NullBlk(), NullBlk(irqmode=1), NullBlk(block_size=4096),
+             NullBlk(irqmode=2)]
     vhost = os.open("/dev/vhost-blk", os.O_RDWR)
     choices = ["", "num-queues=1,disable-modern=on",
                "worker_per_virtqueue=on,poll-us=100,write-cache=off",
-               f"vhostfd={vhost},num-queues=4,queue-size=1024", "disable-legacy=on,queue-size=16"]
+               f"vhostfd={vhost},num-queues=4,queue-size=1024", "disable-legacy=on,queue-size=16",
+               "pin-memory=on"]
     args = []
     for number, (disk, choice) in enumerate(zip(disks, choices)):
         extra = ",read-only=on" if number == 0 else ""
@@ -222,6 +232,7 @@ def test_options():
             expect("one queue", f"ls /sys/block/{names[1]}/mq | wc -l", "1")
             expect("write cache off", f"cat /sys/block/{names[2]}/cache_type", "write through")
             expect("block size", f"cat /sys/block/{names[4]}/queue/logical_block_size", "4096")
+            check_locked(vm, 512 << 10)
             for name in names[1:]:
                 vm.run("fio --name=x --ioengine=libaio --direct=1 --verify=crc32c --rw=randwrite "
                        f"--bs=16k --iodepth=16 --size=2m --filename=/dev/{name} --fsync=16 "
@@ -230,6 +241,9 @@ def test_options():
             vm.run(f"echo 'write through' > /sys/block/{names[3]}/cache_type")
             expect("cache mode", f"cat /sys/block/{names[3]}/cache_type", "write through")
             vm.run(f"dd if=/dev/zero of=/dev/{names[3]} bs=4k count=16 oflag=direct")
+            vm.run(f"device=$(readlink -f /sys/block/{names[5]}/device) && "
+                   "echo ${device##*/} > /sys/bus/virtio/drivers/virtio_blk/unbind")
+            check_locked(vm, 0)
             vm.shut_down()
     finally:
         os.close(vhost)

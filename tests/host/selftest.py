@@ -167,6 +167,15 @@ def polled():
                      "--only=request.", "--only=life.")
 
 
+def stays_pinned():
+    """Starts and stops, rings that move, and the dirty log, with memory that stays pinned."""
+    load()
+    with NullBlk(irqmode=2, nsec=50000) as disk, Delay(NullBlk(size=16), 600, 600) as slow:
+        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path, "--slow-disk",
+                     slow.path, PIN, "--only=life.", "--only=placement.rings_moved",
+                     "--only=dirty_log.")
+
+
 def exercise(make, *arguments, parameters=()):
     """A test of `vhost-blk exercise` on a disk that `make` makes."""
     def run():
@@ -190,6 +199,7 @@ TASK = (*WRITE, "--worker-mode=task")
 RANGES = ("--only=zeroes", "--only=discard", "--only=erase", "--only=ranges")
 KTHREAD = (*WRITE, "--worker-mode=kthread")
 IOTLB = ("--iotlb", "--invalidate-ms=20")
+PIN = "--pin-memory"
 
 
 def pins():
@@ -316,6 +326,11 @@ TESTS = [
          exercise(Loop, *TASK, "--workers=per-queue", POLL), long=True),
     Test("Stop and release with requests in flight, while workers poll", stop_polled),
     Test("killed with requests in flight, while workers poll", killed(POLL, make=lambda: NullBlk(irqmode=2, nsec=100000))),
+    Test("exercise: null_blk irqmode=2, memory that stays pinned",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, PIN)),
+    ktap.test(stays_pinned, long=True),
+    Test("killed with requests in flight, and memory that stays pinned",
+         killed(PIN, make=lambda: NullBlk(irqmode=2, nsec=100000))),
     Test("the module is loaded again, to complete requests without a worker",
          lambda: load(*DIRECT), prints=2),
     Test("the same requests, completed in an interrupt", later),
@@ -330,6 +345,8 @@ TESTS = [
     Test("stop and restart through a device IOTLB, which the worker completes then, too",
          exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB, "--only=stop", "--only=read",
                   parameters=DIRECT)),
+    Test("exercise: null_blk irqmode=2, completed in an interrupt to memory that stays pinned",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, PIN, parameters=DIRECT), long=True),
     Test("Stop and release with requests in flight, without a worker", stop_in_flight(*DIRECT), long=True),
     Test("exercise: null_blk irqmode=2, completed in an interrupt unless the worker polls",
          exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=DIRECT), long=True),

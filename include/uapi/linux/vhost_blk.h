@@ -14,7 +14,7 @@
 #include <linux/vhost.h>
 
 /* Version of this interface; it grows when something is added. */
-#define VHOST_BLK_ABI_VERSION		1
+#define VHOST_BLK_ABI_VERSION		2
 
 /*
  * Start the device on a block device or an image file, or stop it.
@@ -37,6 +37,8 @@
 /* vhost_blk_info.capabilities */
 /* VHOST_BLK_SET_WRITEBACK is there. */
 #define VHOST_BLK_CAP_WRITEBACK		(1ULL << 0)
+/* VHOST_BLK_SET_PIN_MEMORY is there. */
+#define VHOST_BLK_CAP_PIN_MEMORY	(1ULL << 1)
 
 /* vhost_blk_info.flags */
 /* The backend takes no writes: the disk or the descriptor is read-only. */
@@ -47,6 +49,8 @@
 #define VHOST_BLK_INFO_ROTATIONAL	(1U << 2)
 /* A backend runs (VHOST_BLK_SET_BACKEND). */
 #define VHOST_BLK_INFO_RUNNING		(1U << 3)
+/* The guest's memory stays pinned meanwhile. */
+#define VHOST_BLK_INFO_MEMORY_PINNED	(1U << 4)
 
 /**
  * struct vhost_blk_info - what the device and a backend can do
@@ -132,5 +136,13 @@ struct vhost_blk_info {
  * Without VIRTIO_BLK_F_FLUSH the device always writes through.
  */
 #define VHOST_BLK_SET_WRITEBACK		_IOW(VHOST_VIRTIO, 0xFC, __u32)
+
+/*
+ * Keep the guest's memory, all of VHOST_SET_MEM_TABLE, pinned while a backend
+ * runs (1), or pin what each request needs (0, the default). It holds from the
+ * next start. What is pinned counts as locked memory (RLIMIT_MEMLOCK). Not for
+ * guests with a balloon or other memory that is given back while they run.
+ */
+#define VHOST_BLK_SET_PIN_MEMORY	_IOW(VHOST_VIRTIO, 0xFB, __u32)
 
 #endif /* _UAPI_LINUX_VHOST_BLK_H */

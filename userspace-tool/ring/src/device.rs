@@ -547,6 +547,29 @@ impl Device {
         )
     }
 
+    /// `VHOST_BLK_SET_PIN_MEMORY`: whether the guest's memory stays pinned while a
+    /// backend runs, from the next start on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Ioctl`]
+    pub fn set_pin_memory(&self, pin: bool) -> Result<()> {
+        self.set_pin_memory_raw(u32::from(pin))
+    }
+
+    /// `VHOST_BLK_SET_PIN_MEMORY` with any number.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Ioctl`]
+    pub fn set_pin_memory_raw(&self, mode: u32) -> Result<()> {
+        self.write(
+            "VHOST_BLK_SET_PIN_MEMORY",
+            uapi::VHOST_BLK_SET_PIN_MEMORY,
+            &mode,
+        )
+    }
+
     /// `VHOST_BLK_GET_INFO` about the block device `disk`, or about the running
     /// backend.
     ///

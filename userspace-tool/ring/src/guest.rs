@@ -46,6 +46,8 @@ pub struct Options {
     pub worker_mode: Option<WorkerMode>,
     /// For how long the workers may poll before they sleep, microseconds.
     pub busyloop_timeout: u32,
+    /// Whether the guest's memory stays pinned while a backend runs.
+    pub pin_memory: bool,
     /// Whether reading a call eventfd blocks ([`Ring::set_call_event`](crate::Ring::set_call_event)).
     pub blocking_calls: bool,
     /// What `VIRTIO_BLK_T_GET_ID` returns.
@@ -70,6 +72,7 @@ impl Default for Options {
             workers: Workers::Shared,
             worker_mode: None,
             busyloop_timeout: 0,
+            pin_memory: false,
             blocking_calls: false,
             serial: None,
             iotlb: None,
@@ -158,6 +161,9 @@ impl Guest {
         device.set_memory(decoy.as_ref().unwrap_or(memory))?;
         if let Some(serial) = &options.serial {
             device.set_serial(serial)?;
+        }
+        if options.pin_memory {
+            device.set_pin_memory(true)?;
         }
         let event_idx = features & feature::EVENT_IDX != 0;
         let mut queues = Vec::new();

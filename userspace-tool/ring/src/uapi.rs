@@ -13,13 +13,15 @@ use vmm_sys_util::ioctl::{_IOC_READ, _IOC_SIZEMASK, _IOC_WRITE, ioctl_expr};
 pub const DEVICE_PATH: &str = "/dev/vhost-blk";
 
 /// Version of the interface that this crate was written for.
-pub const VHOST_BLK_ABI_VERSION: u32 = 1;
+pub const VHOST_BLK_ABI_VERSION: u32 = 2;
 
 /// Length of the string that `VIRTIO_BLK_T_GET_ID` returns, bytes.
 pub const VHOST_BLK_SERIAL_LEN: usize = 20;
 
 /// `VHOST_BLK_SET_WRITEBACK` is there ([`Info::capabilities`]).
 pub const VHOST_BLK_CAP_WRITEBACK: u64 = 1 << 0;
+/// `VHOST_BLK_SET_PIN_MEMORY` is there ([`Info::capabilities`]).
+pub const VHOST_BLK_CAP_PIN_MEMORY: u64 = 1 << 1;
 
 /// The backend takes no writes ([`Info::flags`]).
 pub const VHOST_BLK_INFO_READ_ONLY: u32 = 1 << 0;
@@ -29,6 +31,8 @@ pub const VHOST_BLK_INFO_WRITE_CACHE: u32 = 1 << 1;
 pub const VHOST_BLK_INFO_ROTATIONAL: u32 = 1 << 2;
 /// A backend runs ([`Info::flags`]).
 pub const VHOST_BLK_INFO_RUNNING: u32 = 1 << 3;
+/// The guest's memory stays pinned meanwhile ([`Info::flags`]).
+pub const VHOST_BLK_INFO_MEMORY_PINNED: u32 = 1 << 4;
 
 const fn encode<T>(direction: c_uint, nr: c_uint) -> c_ulong {
     assert!(size_of::<T>() <= _IOC_SIZEMASK as usize);
@@ -57,6 +61,8 @@ pub const VHOST_BLK_SET_SERIAL: c_ulong = iow::<[u8; VHOST_BLK_SERIAL_LEN]>(0xfe
 pub const VHOST_BLK_GET_INFO: c_ulong = iowr::<Info>(0xfd);
 /// Switches the write cache that the guest sees.
 pub const VHOST_BLK_SET_WRITEBACK: c_ulong = iow::<u32>(0xfc);
+/// Keeps the guest's memory pinned while a backend runs.
+pub const VHOST_BLK_SET_PIN_MEMORY: c_ulong = iow::<u32>(0xfb);
 
 /// Makes a worker.
 pub const VHOST_NEW_WORKER: c_ulong = ior::<WorkerState>(0x08);
@@ -269,6 +275,7 @@ mod tests {
             (VHOST_BLK_SET_SERIAL, 0x4014_affe),
             (VHOST_BLK_GET_INFO, 0xc098_affd),
             (VHOST_BLK_SET_WRITEBACK, 0x4004_affc),
+            (VHOST_BLK_SET_PIN_MEMORY, 0x4004_affb),
             (VHOST_NEW_WORKER, 0x8004_af08),
             (VHOST_FREE_WORKER, 0x4004_af09),
             (VHOST_ATTACH_VRING_WORKER, 0x4008_af15),

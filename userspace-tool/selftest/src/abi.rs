@@ -102,6 +102,11 @@ pub(crate) const TESTS: &[Test] = &[
     test!("abi.serial", "SET_SERIAL is what GET_ID returns", serial),
     test!("abi.writeback", "SET_WRITEBACK takes 0 and 1", writeback),
     test!(
+        "abi.pin_memory",
+        "SET_PIN_MEMORY takes 0 and 1, and holds from the next start",
+        pin_memory
+    ),
+    test!(
         "abi.workers",
         "NEW, ATTACH, GET, FREE: EBUSY, ENODEV, EINVAL",
         workers
@@ -1039,6 +1044,27 @@ fn serial(context: &Context) -> Result<()> {
     Ok(())
 }
 
+fn pin_memory(context: &Context) -> Result<()> {
+    let (device, mut ring) = running(context)?;
+    for mode in [1, 0, 1] {
+        works(
+            format_args!("SET_PIN_MEMORY {mode}"),
+            device.set_pin_memory_raw(mode),
+        )?;
+        let pinned = device.info(None)?.flags & uapi::VHOST_BLK_INFO_MEMORY_PINNED != 0;
+        ensure!(!pinned, "SET_PIN_MEMORY {mode} held at once");
+        check_ring(&mut ring, "read after SET_PIN_MEMORY")?;
+    }
+    for mode in [2, 3, 256, 1 << 31, u32::MAX] {
+        fails(
+            format_args!("SET_PIN_MEMORY {mode}"),
+            device.set_pin_memory_raw(mode),
+            libc::EINVAL,
+        )?;
+    }
+    Ok(())
+}
+
 fn writeback(context: &Context) -> Result<()> {
     let (device, mut ring) = running(context)?;
     for mode in [0, 1, 0, 0, 1] {
@@ -1192,6 +1218,7 @@ fn bad_pointers(context: &Context) -> Result<()> {
         ("BLK_SET_SERIAL", uapi::VHOST_BLK_SET_SERIAL),
         ("BLK_GET_INFO", uapi::VHOST_BLK_GET_INFO),
         ("BLK_SET_WRITEBACK", uapi::VHOST_BLK_SET_WRITEBACK),
+        ("BLK_SET_PIN_MEMORY", uapi::VHOST_BLK_SET_PIN_MEMORY),
     ];
     for (name, request) in ioctls {
         let request = number(request)?;

@@ -82,6 +82,7 @@ pub(crate) struct Context {
     folder: Option<PathBuf>,
     event: Option<Event>,
     poll_us: u32,
+    pin_memory: bool,
 }
 
 impl Context {
@@ -94,6 +95,7 @@ impl Context {
         folder: Option<PathBuf>,
         event: Option<Event>,
         poll_us: u32,
+        pin_memory: bool,
     ) -> Self {
         Context {
             device,
@@ -104,6 +106,7 @@ impl Context {
             folder,
             event,
             poll_us,
+            pin_memory,
         }
     }
 
@@ -122,6 +125,7 @@ impl Context {
         Options {
             path: self.device.clone(),
             busyloop_timeout: self.poll_us,
+            pin_memory: self.pin_memory,
             ..Options::default()
         }
     }
@@ -270,6 +274,9 @@ impl Context {
             command.args(["--event", &event.begin, "--event-end", &event.end]);
         }
         command.arg("--poll-us").arg(self.poll_us.to_string());
+        if self.pin_memory {
+            command.arg("--pin-memory");
+        }
         Ok(command)
     }
 

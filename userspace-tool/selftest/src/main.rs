@@ -17,6 +17,7 @@ mod iotlb;
 mod kmsg;
 mod lifecycle;
 mod memory;
+mod pinned;
 mod placement;
 mod ranges;
 mod request_defects;
@@ -80,6 +81,9 @@ struct Args {
     /// For how long the workers may poll before they sleep; 0 for not at all
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     poll_us: u32,
+    /// Keep the guests' memory pinned, rather than what each request needs
+    #[arg(long)]
+    pin_memory: bool,
     /// Run only tests whose name contains this; may be given more than once
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -103,6 +107,7 @@ fn tests() -> Vec<&'static Test> {
         ring_defects::TESTS,
         lifecycle::TESTS,
         memory::TESTS,
+        pinned::TESTS,
         placement::TESTS,
         dirty_log::TESTS,
         iotlb::TESTS,
@@ -147,6 +152,7 @@ fn main() -> ExitCode {
         args.folder,
         event,
         args.poll_us,
+        args.pin_memory,
     );
     if let Some(name) = args.run_test {
         return runner::run_here(&context, &tests(), &name);

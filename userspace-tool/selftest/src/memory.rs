@@ -93,8 +93,8 @@ fn settled() -> Result<i64> {
     Ok(last)
 }
 
-/// Pages that are pinned now, for all of the host.
-pub(crate) fn pinned_pages() -> Option<i64> {
+/// Counters of pages that were pinned and unpinned, on all of the host, since it was started.
+fn pins() -> Option<(i64, i64)> {
     fs::read("/proc/sys/vm/stat_refresh").ok()?;
     let text = fs::read_to_string("/proc/vmstat").ok()?;
     let counter = |name: &str| -> Option<i64> {
@@ -103,7 +103,20 @@ pub(crate) fn pinned_pages() -> Option<i64> {
             .parse()
             .ok()
     };
-    Some(counter("nr_foll_pin_acquired")? - counter("nr_foll_pin_released")?)
+    Some((
+        counter("nr_foll_pin_acquired")?,
+        counter("nr_foll_pin_released")?,
+    ))
+}
+
+/// Pages that are pinned now, for all of the host.
+pub(crate) fn pinned_pages() -> Option<i64> {
+    pins().map(|(acquired, released)| acquired - released)
+}
+
+/// Pages that were pinned so far, for all of the host.
+pub(crate) fn acquired_pins() -> Option<i64> {
+    pins().map(|(acquired, _)| acquired)
 }
 
 /// Checks bytes that were measured against what they have to be: within a tenth, since workers, and

@@ -112,6 +112,9 @@ pub(crate) struct ExerciseArgs {
     /// For how long the workers may poll before they sleep; 0 for not at all
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     pub(crate) poll_us: u32,
+    /// Keep the guest's memory pinned, rather than what each request needs
+    #[arg(long)]
+    pub(crate) pin_memory: bool,
     /// Have all addresses translated by a device IOTLB that is empty at first
     #[arg(long)]
     iotlb: bool,
@@ -349,6 +352,9 @@ pub(crate) struct BenchArgs {
     /// For how long the workers of vhost-blk may poll before they sleep; 0 for not at all
     #[arg(long, default_value_t = 0, value_name = "MICROSECONDS")]
     pub(crate) poll_us: u32,
+    /// Keep the guest's memory pinned, rather than what each request of vhost-blk needs
+    #[arg(long)]
+    pub(crate) pin_memory: bool,
     /// Use only the first BYTES of the disk; k, M and G may follow [default: all of it]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) range: Option<u64>,
@@ -413,6 +419,10 @@ impl BenchArgs {
         ensure!(
             module || self.poll_us == 0,
             "--poll-us is for --path vhost-blk"
+        );
+        ensure!(
+            module || !self.pin_memory,
+            "--pin-memory is for --path vhost-blk"
         );
         ensure!(
             path == PathArg::FrontEnd || self.batch.is_none(),

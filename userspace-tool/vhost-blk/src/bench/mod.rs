@@ -173,6 +173,7 @@ fn options(args: &BenchArgs, path: &Path) -> Options {
         workers: args.workers.into(),
         worker_mode: args.worker_mode.map(Into::into),
         busyloop_timeout: args.poll_us,
+        pin_memory: args.pin_memory,
         blocking_calls: true,
         ..Options::default()
     }

@@ -126,6 +126,7 @@ impl<'a> Context<'a> {
             workers: self.args.workers.into(),
             worker_mode: self.args.worker_mode.map(Into::into),
             busyloop_timeout: self.args.poll_us,
+            pin_memory: self.args.pin_memory,
             iotlb: self.args.iotlb(),
             ..Options::default()
         }
