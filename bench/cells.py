@@ -19,7 +19,9 @@ NULL_BLK = {"null_blk-inline": (0, 0), "null_blk-softirq": (1, 0),
 DISK_TIME = {"null_blk-10us": 10, "null_blk-100us": 100}
 
 FRONT_END = "front-end"
-EXACT_PATHS = ["vhost-blk", "vhost-user-blk/nopoll", "host/io_uring"]
+# The guest's memory stays pinned.
+PINNED = "vhost-blk/pin-memory"
+EXACT_PATHS = ["vhost-blk", PINNED, "vhost-user-blk/nopoll", "host/io_uring"]
 # At this depth the front end's kicks and calls are spread over so many
 # requests that they do not count.
 FRONT_END_ALONE = 256

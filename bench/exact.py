@@ -21,13 +21,13 @@ import tempfile
 import time
 
 import report
-from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, chosen, exact
+from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PINNED, chosen, exact
 from spread import Spread, number
 
 SERVED = "vhost-user-blk/nopoll"
 # The tool's own names of them.
-PATHS = {"vhost-blk": "vhost-blk", SERVED: "vhost-user-blk", "host/io_uring": "io_uring",
-         FRONT_END: "front-end"}
+PATHS = {"vhost-blk": "vhost-blk", PINNED: "vhost-blk", SERVED: "vhost-user-blk",
+         "host/io_uring": "io_uring", FRONT_END: "front-end"}
 # The first round finds caches cold and what booting has left to do; it does
 # not count.
 ROUNDS = 3
@@ -52,6 +52,8 @@ def command(cell):
         words += ["--disk", "$disk"]
     if cell.path == SERVED:
         words += ["--socket", "$socket"]
+    if cell.path == PINNED:
+        words += ["--pin-memory"]
     return " ".join(words)
 
 
