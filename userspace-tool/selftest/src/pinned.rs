@@ -2,7 +2,8 @@
 
 //! Guest memory that stays pinned while a backend runs.
 
-use std::fs;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,9 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
+/// Where a process finds how much memory of its is locked.
+const STATUS: &str = "/proc/self/status";
+
 /// Bytes of guest memory.
 const LEN: usize = 16 << 20;
 
@@ -63,7 +67,14 @@ fn is_pinned(guest: &Guest) -> Result<bool> {
 
 /// Locked memory of this process, bytes.
 fn locked() -> Result<usize> {
-    let text = fs::read_to_string("/proc/self/status")?;
+    locked_by(&mut File::open(STATUS)?)
+}
+
+/// Locked memory of the process whose [`STATUS`] this is, bytes.
+fn locked_by(status: &mut File) -> Result<usize> {
+    let mut text = String::new();
+    status.rewind()?;
+    status.read_to_string(&mut text)?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmLck:"));
     let kib = line.context("no VmLck")?.trim().trim_end_matches(" kB");
     Ok(kib.parse::<usize>()? << 10)
@@ -163,10 +174,12 @@ fn limit(context: &Context) -> Result<()> {
     let disk = context.disk()?;
     let half = u64::try_from(LEN / 2)?;
     setrlimit(Resource::RLIMIT_MEMLOCK, half, half)?;
+    let mut status = File::open(STATUS)?;
     // Root may lock what it wants.
     setuid(Uid::from_raw(65534))?;
     fails("start", guest.start(&disk), libc::ENOMEM)?;
-    ensure!(locked()? == 0, "{} bytes are still locked", locked()?);
+    let still = locked_by(&mut status)?;
+    ensure!(still == 0, "{still} bytes are still locked");
     works("SET_PIN_MEMORY 0", guest.device().set_pin_memory(false))?;
     works("start", guest.start(&disk))?;
     check::healthy("without pinning", &mut guest, 0)
