@@ -49,7 +49,7 @@ use kernel::{
 /// How long a drain sleeps at most before it looks at the time, in milliseconds.
 const DRAIN_STEP_MS: u32 = 1_000;
 
-/// After how long without a completion a drain says what it waits for.
+/// After how long without any progress a drain says what it waits for.
 const DRAIN_WARNING: Delta = Delta::from_secs(10);
 
 /// How long a paused virtqueue is drained: then it goes on as before, rather than leave a guest without its
@@ -268,9 +268,10 @@ impl<T: Operations> Device<T> {
                 self.virtqueues.iter().for_each(|vq| vq.slow().end());
             }
             let in_flight = guard.in_flight();
+            let progress = guard.take_progress() || in_flight != before;
             drop(guard);
 
-            if in_flight != before {
+            if progress {
                 (before, since) = (in_flight, Instant::now());
             } else if since.elapsed() >= DRAIN_WARNING {
                 pr_warn!(

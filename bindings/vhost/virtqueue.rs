@@ -162,6 +162,8 @@ struct Inner<T: Operations> {
     last_deferred: *mut raw::llist_node,
     /// When it was stopped or paused.
     stopped: Option<Instant<Monotonic>>,
+    /// A request's bios were done since [`VirtqueueGuard::take_progress`] was called last.
+    progress: bool,
     /// Nobody is left to tell of completions: only [`VirtqueueGuard::abandon`] takes requests.
     abandoned: bool,
     /// The rings are to be mapped, so that requests can be completed without the worker.
@@ -255,6 +257,7 @@ impl<T: Operations> Virtqueue<T> {
                 deferred: core::ptr::null_mut(),
                 last_deferred: core::ptr::null_mut(),
                 stopped: None,
+                progress: false,
                 abandoned: false,
                 direct: false,
             }),
@@ -915,7 +918,14 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             // SAFETY: The mutex is held.
             inner.completed = unsafe { vq.completions.take_all() };
         }
-        Self::pop(vq, &mut inner.completed)
+        let request = Self::pop(vq, &mut inner.completed);
+        inner.progress |= request.is_some();
+        request
+    }
+
+    /// Whether a request's bios were done since this was called last.
+    pub(super) fn take_progress(&mut self) -> bool {
+        core::mem::take(&mut self.inner_mut().progress)
     }
 
     /// Puts a request aside that has to go on later, until [`VirtqueueGuard::next_deferred`].
