@@ -31,6 +31,7 @@ use super::{
 };
 use crate::bindings::{
     block::{
+        Backend,
         Bio,
         BuildError,
         Building,
@@ -109,8 +110,9 @@ pub(super) fn batch(
             Err(FetchError::NoMemory) => return End::NoMemory,
             Err(FetchError::Broken) => return End::Broken,
         };
-        let alone = number == 0 && !chain.guard().has_more();
-        if !alone {
+        let guard = chain.guard();
+        let alone = number == 0 && !guard.has_more();
+        if !alone || guard.backend().is_some_and(Backend::has_scheduler) {
             plug.start();
         }
         match submit(chain) {

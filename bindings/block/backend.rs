@@ -185,6 +185,19 @@ impl Backend {
             }
     }
 
+    /// Whether the disk has a scheduler. Then a bio that does not come from a plug is dispatched by a thread of the
+    /// block layer's, which has to be woken.
+    #[inline]
+    pub(crate) fn has_scheduler(&self) -> bool {
+        // SAFETY: The reference to the file keeps the block device and its queue alive. The read is volatile since
+        // the scheduler may change.
+        self.device().is_some_and(|bdev| unsafe {
+            !(&raw const (*(*bdev).bd_queue).elevator)
+                .read_volatile()
+                .is_null()
+        })
+    }
+
     /// The disk's size now, in sectors.
     #[inline]
     pub(crate) fn capacity(&self) -> u64 {
