@@ -44,7 +44,9 @@ impl PinnedPages {
     /// `EFAULT` if there is memory that cannot be written or pinned for long, `ENOMEM`, `EINTR` if the task was
     /// killed.
     fn new(address: usize, count: usize) -> Result<Self> {
-        let mut pages = Self(KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?);
+        // The kernel would warn of a stretch of a TiB, which the owner says at will.
+        let flags = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
+        let mut pages = Self(KVVec::with_capacity(count, flags)?);
         while pages.0.len() < count {
             // SAFETY: Process context.
             if unsafe { raw::rust_helper_cond_resched_killed() } {
