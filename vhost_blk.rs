@@ -18,6 +18,10 @@ module! {
             default: 64,
             description: "Virtqueues of each open device, 1 to 64",
         },
+        direct_submission: u32 {
+            default: 1,
+            description: "Submit small requests in the task that kicks, without a worker: 0 off, 1 on",
+        },
         direct_completion: u32 {
             default: 0,
             description: "Complete requests where the disk does, without a worker: 0 off, 1 on",
@@ -30,6 +34,8 @@ module! {
 struct VhostBlk {
     #[pin]
     node: bindings::chardev::Registration<driver::Device>,
+    // Dropped when no device can be opened any more.
+    _callbacks: bindings::vhost::Callbacks,
     // Dropped last, so that its line in the log is the last one.
     _announcement: Announcement,
 }
@@ -38,6 +44,7 @@ impl kernel::InPlaceModule for VhostBlk {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             node <- bindings::chardev::Registration::new(c"vhost-blk", module),
+            _callbacks: bindings::vhost::Callbacks,
             _announcement: Announcement::new(),
         }? Error)
     }

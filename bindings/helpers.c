@@ -19,6 +19,18 @@ bool rust_helper_bdev_read_only(struct block_device *bdev)
 	return bdev_read_only(bdev);
 }
 
+/*
+ * The block layer has every disk with tags take REQ_NOWAIT, but calls the
+ * driver where the bio is submitted all the same, and that may sleep.
+ */
+bool rust_helper_bdev_nowait(struct block_device *bdev)
+{
+	struct request_queue *queue = bdev_get_queue(bdev);
+
+	return bdev_nowait(bdev) &&
+	       !(queue_is_mq(queue) && queue->tag_set->flags & BLK_MQ_F_BLOCKING);
+}
+
 bool rust_helper_bdev_write_cache(struct block_device *bdev)
 {
 	return bdev_write_cache(bdev);
@@ -230,6 +242,32 @@ void rust_helper_llist_add(struct llist_node *node, struct llist_head *head)
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head)
 {
 	return llist_del_all(head);
+}
+
+/*
+ * Whether this is a task of that address space, which will go back to user space
+ * and has not been killed.
+ */
+bool rust_helper_in_task_of(const struct mm_struct *mm)
+{
+	return in_task() && mm && current->mm == mm &&
+	       !(current->flags & (PF_KTHREAD | PF_USER_WORKER | PF_EXITING)) &&
+	       !fatal_signal_pending(current);
+}
+
+void rust_helper_this_module_get(void)
+{
+	__module_get(THIS_MODULE);
+}
+
+void rust_helper_this_module_put(void)
+{
+	module_put(THIS_MODULE);
+}
+
+void rust_helper_synchronize_rcu_tasks(void)
+{
+	synchronize_rcu_tasks();
 }
 
 void rust_helper_local_bh_disable_enable(void)

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 #ifndef VHOST_BLK_HELPERS_H
 #define VHOST_BLK_HELPERS_H
-/* Functions for what is only a macro or a static inline in C. No logic here. */
+/* Functions for what is only a macro or a static inline in C, and for what is asked of several of them. */
 
+#include <linux/blk-mq.h>
 #include <linux/blkdev.h>
 #include <linux/bottom_half.h>
 #include <linux/cgroup.h>
@@ -20,6 +21,7 @@
 struct vhost_virtqueue;
 
 bool rust_helper_bdev_read_only(struct block_device *bdev);
+bool rust_helper_bdev_nowait(struct block_device *bdev);
 bool rust_helper_bdev_write_cache(struct block_device *bdev);
 int rust_helper_bdev_alignment_offset(struct block_device *bdev);
 unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev);
@@ -63,6 +65,11 @@ void rust_helper_spin_unlock_irqrestore(spinlock_t *lock, unsigned long flags);
 
 void rust_helper_llist_add(struct llist_node *node, struct llist_head *head);
 struct llist_node *rust_helper_llist_del_all(struct llist_head *head);
+
+bool rust_helper_in_task_of(const struct mm_struct *mm);
+void rust_helper_this_module_get(void);
+void rust_helper_this_module_put(void);
+void rust_helper_synchronize_rcu_tasks(void);
 
 void rust_helper_local_bh_disable_enable(void);
 

@@ -36,7 +36,7 @@ pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
         let Some(mut request) = guard.next_deferred() else {
             break;
         };
-        if resumed >= MAX_RESUMED {
+        if resumed >= MAX_RESUMED || guard.must_not_wait() {
             guard.defer(request);
             guard.requeue_completions();
             break;
@@ -63,11 +63,15 @@ fn worse(one: Option<BioError>, other: Option<BioError>) -> Option<BioError> {
     }
 }
 
-/// Completes a request whose bios are done. Returns it if it goes on.
+/// Completes a request whose bios are done. Returns it if it goes on, or if they are to be submitted again.
 fn done<'a>(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'a, Queue>,
 ) -> Option<Request<'a, Queue>> {
+    if request.would_block() {
+        request.rewind(guard);
+        return Some(request);
+    }
     let mut error = None;
     while let Some(bio) = request.take_bio() {
         if request.failed() {

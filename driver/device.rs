@@ -140,12 +140,15 @@ impl chardev::File for Device {
         let settings = Arc::pin_init(Settings::new(), GFP_KERNEL_ACCOUNT)?;
         let count = compat::parameter(crate::module_parameters::max_virtqueues.value());
         let count = count.clamp(1, MAX_VIRTQUEUES);
+        let direct_submission =
+            compat::parameter(crate::module_parameters::direct_submission.value());
+        let direct_submission = direct_submission != 0;
 
         let of_queues = settings.clone();
         let queues = (0..count).map(move |_| Ok(Queue::new(of_queues.clone())));
         KBox::try_pin_init(
             try_pin_init!(Self {
-                vhost <- vhost::Device::new(queues, WEIGHT, BYTE_WEIGHT),
+                vhost <- vhost::Device::new(queues, direct_submission, WEIGHT, BYTE_WEIGHT),
                 settings,
             }? Error),
             GFP_KERNEL_ACCOUNT,

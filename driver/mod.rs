@@ -4,12 +4,14 @@
 //!
 //! A kick leads to `queue`, which fetches chains and has `submit` turn each into a request and bios (`rest`
 //! has what does not fit one bio, `ranges` what is done to ranges of the disk without data);
-//! `complete` takes finished bios to the used ring. `poll` looks for more of both before the worker sleeps.
+//! `complete` takes finished bios to the used ring. `choice` says who handles a kick; `poll` looks for more
+//! buffers and finished bios before the worker sleeps.
 //! `zone` has the requests of zoned disks. `device` is what user space sees. `request`, `zone_request`,
-//! `segment`, `transfer` and `window` are pure code, which the user-space tests compile too.
+//! `segment`, `transfer`, `window` and `choice` are pure code, which the user-space tests compile too.
 
 #![deny(unsafe_code)]
 
+mod choice;
 mod complete;
 mod device;
 mod poll;

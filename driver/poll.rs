@@ -22,7 +22,7 @@ pub(super) fn idle(guard: &mut VirtqueueGuard<'_, Queue>) -> Option<u64> {
     *since
 }
 
-/// Learns how long there was nothing to do, if there is something now. Called when the worker comes.
+/// Learns how long there was nothing to do, if there is something now. Called when somebody comes.
 pub(super) fn woken(guard: &mut VirtqueueGuard<'_, Queue>) {
     if guard.data().idle_since.is_some() && (guard.has_completed() || !guard.avail_empty()) {
         work_came(guard);

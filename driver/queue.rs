@@ -3,6 +3,10 @@
 //! A virtqueue's work: fetch and submit while there is something, complete what is done.
 
 use super::{
+    choice::{
+        Choice,
+        Handler, //
+    },
     complete,
     device::Settings,
     poll,
@@ -50,6 +54,8 @@ pub(crate) struct Queue {
     pub(super) refused: Refused,
     /// Reports of zones that use more memory than others.
     pub(super) large_reports: usize,
+    /// Who handles the next kick, if the guest waits for all that came before.
+    pub(super) choice: Choice,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -64,6 +70,7 @@ impl Queue {
             bouncing: 0,
             refused: Refused::default(),
             large_reports: 0,
+            choice: Choice::default(),
             window: Window::default(),
             idle_since: None,
         }
@@ -75,6 +82,7 @@ impl Queue {
         self.bouncing = 0;
         self.refused = Refused::default();
         self.large_reports = 0;
+        self.choice = Choice::default();
         self.window = Window::default();
         self.idle_since = None;
     }
@@ -99,9 +107,11 @@ impl Operations for Queue {
     const GRACE: Delta = rest::GRACE;
 
     fn handle_kick(vq: &Virtqueue<Self>, turn: &Turn) {
-        let mut guard = vq.lock();
-        poll::woken(&mut guard);
-        run(&mut guard, turn);
+        kicked(&mut vq.lock(), turn, Handler::Worker);
+    }
+
+    fn handle_direct_kick(guard: &mut VirtqueueGuard<'_, Self>) {
+        kicked(guard, &Turn::NOT_LAST, Handler::Kicker);
     }
 
     fn handle_completions(guard: &mut VirtqueueGuard<'_, Self>) {
@@ -127,12 +137,31 @@ impl Operations for Queue {
     }
 }
 
-/// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had.
+/// Handles a kick.
+fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
+    poll::woken(guard);
+    let batch = run(guard, turn);
+    let choice = &mut guard.data_mut().choice;
+    let next = if batch.refused {
+        choice.refused()
+    } else {
+        choice.handled(by, batch.requests)
+    };
+    guard.set_direct_kick(next == Handler::Kicker);
+}
+
+/// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had. Returns what that
+/// was.
 ///
 /// What completes within its own submission, or in a softirq of this processor behind it, is completed here,
-/// before the worker sleeps, and so is what comes while it polls.
-fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
+/// before the worker sleeps or the task goes on, and so is what comes while it polls.
+fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) -> Batch {
     let mut batch = Batch::default();
+    fetch(guard, turn, &mut batch);
+    batch
+}
+
+fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) {
     let Some(mut ring) = guard.disable_notify() else {
         // What was complete may have waited for the device IOTLB.
         complete::completions(guard);
@@ -140,7 +169,7 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
     };
 
     loop {
-        let end = block::with_plug(|plug| submit::batch(&mut ring, &mut batch, plug));
+        let end = block::with_plug(|plug| submit::batch(&mut ring, batch, plug));
         block::run_softirqs();
         complete::completions(ring.guard());
 
@@ -155,7 +184,7 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) {
                 }
                 poll::work_came(ring.guard());
             }
-            submit::End::Weight => return ring.requeue(),
+            submit::End::Weight | submit::End::ForWorker => return ring.requeue(),
             submit::End::Turn => (),
             submit::End::NoMemory => {
                 let waits = ring.wait_for_completion();

@@ -33,6 +33,7 @@ use crate::bindings::{
     block::{
         Backend,
         Bio,
+        BioRoom,
         BuildError,
         Building,
         Op,
@@ -64,15 +65,20 @@ const MAX_BOUNCING: usize = 16;
 /// plugged to the disk after as many.
 const TURN: usize = 32;
 
+/// After how many requests the task that kicks leaves those that are still in the ring to the worker.
+const DIRECT_WEIGHT: usize = 2 * TURN;
+
 /// What no zoned disk has: the block layer does none of it to a zone that is written sequentially, and the
 /// specification has DISCARD offered for no host-managed disk. Guests reset zones.
 const RANGES: u64 = 1 << feature::DISCARD | 1 << feature::WRITE_ZEROES | 1 << feature::SECURE_ERASE;
 
-/// What was submitted since the worker came.
+/// What was submitted for a kick.
 #[derive(Default)]
 pub(super) struct Batch {
-    requests: usize,
+    pub(super) requests: usize,
     bytes: usize,
+    /// The next one was not for the task that kicked.
+    pub(super) refused: bool,
 }
 
 /// Why a batch ended.
@@ -83,6 +89,8 @@ pub(super) enum End {
     Turn,
     /// The worker has done enough for this virtqueue, and is let come back.
     Weight,
+    /// The next request, or those after as many as this task does, are for the worker.
+    ForWorker,
     /// There is no memory for the next request until another completes.
     NoMemory,
     /// An address is not in the device IOTLB.
@@ -97,6 +105,9 @@ pub(super) fn batch(
     batch: &mut Batch,
     plug: &Plug,
 ) -> End {
+    if ring.guard().must_not_wait() && batch.requests >= DIRECT_WEIGHT {
+        return End::ForWorker;
+    }
     for number in 0..TURN {
         // The core is asked when there is something to do about it.
         let weighs = batch.requests >= WEIGHT as usize || batch.bytes >= BYTE_WEIGHT as usize;
@@ -120,6 +131,10 @@ pub(super) fn batch(
                 batch.requests += 1;
                 batch.bytes = batch.bytes.saturating_add(bytes);
             }
+            Outcome::ForWorker => {
+                batch.refused = true;
+                return End::ForWorker;
+            }
             Outcome::NoMemory => return End::NoMemory,
             Outcome::Broken => return End::Broken,
         }
@@ -135,7 +150,9 @@ pub(super) fn batch(
 pub(super) enum Outcome {
     /// Its request, of so many bytes, is in flight, or complete already.
     Submitted(usize),
-    /// It is back in the ring.
+    /// It is back in the ring, for the worker.
+    ForWorker,
+    /// It is back in the ring, until there is memory.
     NoMemory,
     /// It broke the ring.
     Broken,
@@ -162,6 +179,10 @@ fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
         &limits,
     );
     match decoded {
+        Ok(Request::Zone(_) | Request::Flush | Request::Ranges { .. }) if guard.must_not_wait() => {
+            chain.discard();
+            Outcome::ForWorker
+        }
         Ok(Request::In { len: 0, .. } | Request::Out { len: 0, .. }) => {
             complete(chain, Status::Ok, 0)
         }
@@ -323,6 +344,11 @@ fn transfer(
     let len = memory.remaining();
     let how = Fill::new(&memory, backend.dma_alignment(), limits.logical_block_size);
     let bounces = how.bounces();
+    if chain.guard().must_not_wait() && how.single().is_none_or(|pages| pages > BioRoom::VECTORS) {
+        // The larger it is, the more there is to wait for, and the less for a worker to be woken.
+        chain.discard();
+        return Outcome::ForWorker;
+    }
 
     let bio = match first_bio(&chain, op, sector, &mut memory, how) {
         Ok(bio) => bio,

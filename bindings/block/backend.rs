@@ -185,6 +185,13 @@ impl Backend {
             }
     }
 
+    /// Whether the disk says so instead of letting who submits a bio wait, where a bio asks for that.
+    pub(in crate::bindings) fn takes_nowait(&self) -> bool {
+        self.device()
+            // SAFETY: The reference to the file keeps the block device alive.
+            .is_some_and(|bdev| unsafe { raw::rust_helper_bdev_nowait(bdev) })
+    }
+
     /// Whether the disk has a scheduler. Then a bio that does not come from a plug is dispatched by a thread of the
     /// block layer's, which has to be woken.
     #[inline]

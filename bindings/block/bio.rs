@@ -64,6 +64,10 @@ struct Prefix {
     image: *const Image,
     /// Where the page of the bio stays pinned, if it was not pinned for the bio; else null.
     memory: *const PinnedMemory,
+    /// Where it begins on the disk, and what it does, as it was submitted: the block layer changes what the
+    /// bio says.
+    sector: u64,
+    flags: u32,
     /// Whether the bio's pages are the kernel's own, to bounce through, and not pinned.
     bounces: bool,
 }
@@ -71,11 +75,13 @@ struct Prefix {
 impl Prefix {
     /// That of a new bio.
     #[inline]
-    fn new(backend: &Backend) -> Self {
+    fn new(backend: &Backend, sector: u64, flags: u32) -> Self {
         Self {
             next: core::ptr::null_mut(),
             image: backend.image(),
             memory: core::ptr::null(),
+            sector,
+            flags,
             bounces: false,
         }
     }
@@ -145,6 +151,9 @@ impl BioSet {
 
     /// A bio on `device` for up to `pages` pieces of pages, from `sector` on.
     ///
+    /// With `nowait`, whoever submits it does not wait for the disk: then the bio fails, and
+    /// [`PendingBios::would_block`] says so.
+    ///
     /// With `wait`, takes from the reserve if it must, and may sleep until a bio of this set is
     /// free: the caller says so only if none is in flight, else it may wait for what it has to free
     /// itself. Without, it neither sleeps nor takes from the reserve, and may return `None`.
@@ -155,11 +164,13 @@ impl BioSet {
         op: Op,
         sector: u64,
         pages: usize,
+        nowait: bool,
         wait: bool,
     ) -> Option<Bio<'a, Building>> {
         if !self.ready.load(ordering::Relaxed) {
             return None;
         }
+        let flags = op.submit_flags(nowait);
         let gfp = if wait {
             raw::RUST_CONST_HELPER_GFP_NOIO
         } else {
@@ -172,7 +183,7 @@ impl BioSet {
             raw::bio_alloc_bioset(
                 device.as_raw(),
                 pages.min(MAX_BIO_PAGES) as u16,
-                op.flags(),
+                flags,
                 gfp,
                 self.raw.get(),
             )
@@ -180,7 +191,7 @@ impl BioSet {
         // SAFETY: The bio is ours alone, and a `Prefix` is before it.
         unsafe {
             (*bio.as_ptr()).bi_iter.bi_sector = sector;
-            prefix(bio).write(Prefix::new(device));
+            prefix(bio).write(Prefix::new(device, sector, flags));
         }
         // INVARIANT: The bio is new, holds no pages, and nobody else has it.
         Some(Bio {
@@ -256,10 +267,12 @@ impl BioRoom {
         device: &Backend,
         op: Op,
         sector: u64,
+        nowait: bool,
     ) -> Option<Bio<'a, Building>> {
         if self.is_taken() {
             return None;
         }
+        let flags = op.submit_flags(nowait);
         let bio = self.bio.get();
         // SAFETY: The room is free and the caller's alone, so all of it may be written. The device is open,
         // and the vectors are as many as said. `bi_pool` becomes null.
@@ -269,13 +282,13 @@ impl BioRoom {
                 device.as_raw(),
                 self.vectors.get().cast(),
                 Self::VECTORS as u16,
-                op.flags(),
+                flags,
             );
             (*bio).bi_iter.bi_sector = sector;
             self.prefix
                 .get()
                 .cast::<Prefix>()
-                .write(Prefix::new(device));
+                .write(Prefix::new(device, sector, flags));
         }
         // INVARIANT: The bio is initialised.
         self.taken.store(true, ordering::Relaxed);
@@ -308,6 +321,9 @@ impl BioRoom {
         }
     }
 }
+
+/// The flag of a bio whose submitter must not wait.
+const NOWAIT: u32 = 1 << raw::req_flag_bits___REQ_NOWAIT;
 
 /// `BIOSET_NEED_BVECS` of `include/linux/bio.h`, a member of an unnamed enum there.
 const BIOSET_NEED_BVECS: i32 = 1 << 0;
@@ -351,6 +367,12 @@ pub(crate) enum Op {
 }
 
 impl Op {
+    /// What a bio says that does it, and whose submitter must not wait if `nowait`.
+    #[inline]
+    fn submit_flags(self, nowait: bool) -> u32 {
+        self.flags() | if nowait { NOWAIT } else { 0 }
+    }
+
     #[inline]
     fn flags(self) -> u32 {
         const fn flag(bit: raw::req_flag_bits) -> u32 {
@@ -840,7 +862,7 @@ pub(super) const REQ_OP_MASK: u32 = (1 << raw::REQ_OP_BITS) - 1;
 ///
 /// - `first` to `last` is a list, linked by the bios' prefixes, of bios that this object owns.
 /// - From `submit()` on until it is pushed, only `submit()` itself, before the last bio is submitted, and
-///   `end_io()` touch it; `end_io()` only `pending` and `error`. With the last bio it pushes it.
+///   `end_io()` touch it; `end_io()` only `pending` and `result`. With the last bio it pushes it.
 /// - `completions` points to a list that outlives this object.
 #[repr(C)]
 pub(crate) struct PendingBios {
@@ -848,7 +870,8 @@ pub(crate) struct PendingBios {
     node: UnsafeCell<raw::llist_node>,
     completions: NonNull<CompletionList>,
     pending: Atomic<i32>,
-    error: Atomic<i32>,
+    /// An [`Ended`], of all bios together.
+    result: Atomic<i32>,
     first: UnsafeCell<*mut raw::bio>,
     last: UnsafeCell<*mut raw::bio>,
 }
@@ -872,7 +895,7 @@ impl PendingBios {
             }),
             completions: completions.into(),
             pending: Atomic::new(0),
-            error: Atomic::new(0),
+            result: Atomic::new(Ended::Done as i32),
             first: UnsafeCell::new(core::ptr::null_mut()),
             last: UnsafeCell::new(core::ptr::null_mut()),
         }
@@ -886,13 +909,36 @@ impl PendingBios {
     /// Whether a bio failed since the last call of [`PendingBios::set_error`] with `false`.
     #[inline]
     pub(in crate::bindings) fn error(&self) -> bool {
-        self.error.load(ordering::Relaxed) != 0
+        self.result.load(ordering::Relaxed) == Ended::Failed as i32
+    }
+
+    /// Whether a bio would have had to wait for the disk and was not to, and none failed: all of them can be
+    /// submitted again, after [`PendingBios::rewind`].
+    #[inline]
+    pub(in crate::bindings) fn would_block(&self) -> bool {
+        self.result.load(ordering::Relaxed) == Ended::WouldBlock as i32
     }
 
     /// Sets whether a bio failed.
     #[inline]
     pub(in crate::bindings) fn set_error(&self, error: bool) {
-        self.error.store(i32::from(error), ordering::Relaxed);
+        let outcome = if error { Ended::Failed } else { Ended::Done };
+        self.result.store(outcome as i32, ordering::Relaxed);
+    }
+
+    /// Learns that a bio failed. Context: any.
+    #[cold]
+    fn bio_failed(&self, status: raw::blk_status_t, nowait: bool) {
+        // The disk may have been one that does not know the flag when the bio came there.
+        let would_block = status == raw::RUST_CONST_HELPER_BLK_STS_AGAIN
+            || status == raw::RUST_CONST_HELPER_BLK_STS_NOTSUPP;
+        if nowait && would_block {
+            let (done, would_block) = (Ended::Done as i32, Ended::WouldBlock as i32);
+            // One that failed stays so.
+            let _ = self.result.cmpxchg(done, would_block, ordering::Relaxed);
+        } else {
+            self.set_error(true);
+        }
     }
 
     /// Adds a bio at the end.
@@ -935,6 +981,25 @@ impl PendingBios {
                 raw: bio,
                 _state: PhantomData,
             })
+        }
+    }
+
+    /// Makes all bios, which are finished and on `device`, as they were before they were submitted, but that their
+    /// submitter may wait.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::add`].
+    #[cold]
+    pub(in crate::bindings) unsafe fn rewind(&self, device: &Backend) {
+        self.set_error(false);
+        // SAFETY: The caller owns this object, and so the bios.
+        unsafe {
+            let mut next = *self.first.get();
+            while let Some(bio) = NonNull::new(next) {
+                rewind(bio, device);
+                next = (*prefix(bio)).next;
+            }
         }
     }
 
@@ -1089,6 +1154,41 @@ impl PendingBios {
     }
 }
 
+/// How the bios of a request ended.
+#[derive(Copy, Clone)]
+#[repr(i32)]
+enum Ended {
+    /// All well, as far as they are done.
+    Done = 0,
+    /// One failed.
+    Failed = 1,
+    /// None failed, and one would have had to wait.
+    WouldBlock = 2,
+}
+
+/// Makes a bio with data as it was before it was submitted on `device`, but that its submitter may wait.
+///
+/// # Safety
+///
+/// The bio must be one of a [`BioSet`] or a [`BioRoom`], the caller's, and finished.
+unsafe fn rewind(bio: NonNull<raw::bio>, device: &Backend) {
+    let raw = bio.as_ptr();
+    // SAFETY: The caller has the only reference to the bio, with its prefix. Its vectors stay as they are, and so
+    // do those of its flags that say whose the pages are.
+    unsafe {
+        let prefix = prefix(bio);
+        (*prefix).flags &= !NOWAIT;
+        let (vectors, flags) = ((*raw).bi_vcnt, (*raw).bi_flags);
+        raw::bio_reset(raw, device.as_raw(), (*prefix).flags);
+        (*raw).bi_vcnt = vectors;
+        (*raw).bi_flags |= flags & (1 << raw::BIO_PAGE_PINNED);
+        (*raw).bi_iter.bi_sector = (*prefix).sector;
+        for index in 0..usize::from(vectors) {
+            (*raw).bi_iter.bi_size += (*(*raw).bi_io_vec.add(index)).bv_len;
+        }
+    }
+}
+
 /// Bios that another task submits.
 #[derive(Copy, Clone)]
 struct Pending(NonNull<PendingBios>);
@@ -1130,7 +1230,9 @@ unsafe extern "C" fn end_io(bio: *mut raw::bio) {
         unsafe { (&*(*bio).bi_private.cast::<PendingBios>(), (*bio).bi_status) };
 
     if status != 0 {
-        pending.set_error(true);
+        // SAFETY: The bio was submitted with its prefix, which nobody changes while it is in flight.
+        let flags = unsafe { (*prefix(NonNull::new_unchecked(bio))).flags };
+        pending.bio_failed(status, flags & NOWAIT != 0);
     }
     // Full ordering: the last one sees the errors of the others, and so does the worker.
     if pending.pending.fetch_sub(1, ordering::Full) == 1 {

@@ -19,6 +19,9 @@ pub(crate) struct Turn {
 }
 
 impl Turn {
+    /// One in which nothing is polled, since others wait.
+    pub(crate) const NOT_LAST: Self = Self { last: false };
+
     /// The turn that a worker is taking.
     ///
     /// # Safety

@@ -6,6 +6,7 @@
 
 use super::{
     completion::Wait,
+    direct_kick::DirectKick,
     log::LogArray,
     virtqueue::{
         Operations,
@@ -81,13 +82,15 @@ impl<T: Operations> Device<T> {
     pub(crate) const BYTES: usize = size_of::<Self>();
 
     /// A device with a virtqueue for each of `data`. A worker does at most `weight` requests and
-    /// `byte_weight` bytes of a virtqueue in one turn.
+    /// `byte_weight` bytes of a virtqueue in one turn. With `direct_kicks`, the tasks that kick may do some
+    /// themselves: see [`Operations::handle_direct_kick`].
     pub(crate) fn new(
         data: impl Iterator<Item = Result<T>>,
+        direct_kicks: bool,
         weight: i32,
         byte_weight: i32,
     ) -> impl PinInit<Self, Error> {
-        let virtqueues = Self::virtqueues_of(data);
+        let virtqueues = Self::virtqueues_of(data, direct_kicks);
 
         pin_init::pin_init_scope(move || {
             let (virtqueues, mut vqs) = virtqueues?;
@@ -96,7 +99,8 @@ impl<T: Operations> Device<T> {
 
             Ok(try_pin_init!(Self {
                 // SAFETY: `raw` is memory for a `struct vhost_dev`. The virtqueues are pinned, set
-                // up by `Virtqueue::new()`, and live as long as the device, as does the array.
+                // up by `Virtqueue::new()`, and live as long as the device, as does the array. Then they
+                // are part of it.
                 raw <- Opaque::ffi_init(move |raw: *mut raw::vhost_dev| unsafe {
                     raw.write_bytes(0, 1);
                     raw::vhost_dev_init(
@@ -110,6 +114,9 @@ impl<T: Operations> Device<T> {
                         // Messages for the device IOTLB are the core's.
                         None,
                     );
+                    for index in 0..count as usize {
+                        Virtqueue::<T>::from_raw(*pointers.add(index)).listen();
+                    }
                 }),
                 has_iotlb: Atomic::new(false),
                 vqs,
@@ -121,6 +128,7 @@ impl<T: Operations> Device<T> {
     #[allow(clippy::type_complexity)]
     fn virtqueues_of(
         data: impl Iterator<Item = Result<T>>,
+        direct_kicks: bool,
     ) -> Result<(
         KVec<Pin<VBox<Virtqueue<T>>>>,
         KVec<*mut raw::vhost_virtqueue>,
@@ -129,7 +137,9 @@ impl<T: Operations> Device<T> {
         let mut vqs = KVec::new();
 
         for data in data {
-            let virtqueue = VBox::pin_init(Virtqueue::new(data?), GFP_KERNEL_ACCOUNT)?;
+            let direct_kick = direct_kicks.then(DirectKick::new).transpose()?;
+            let virtqueue = Virtqueue::new(data?, direct_kick);
+            let virtqueue = VBox::pin_init(virtqueue, GFP_KERNEL_ACCOUNT)?;
             vqs.push(virtqueue.as_raw(), GFP_KERNEL_ACCOUNT)?;
             virtqueues.push(virtqueue, GFP_KERNEL_ACCOUNT)?;
         }
@@ -200,6 +210,11 @@ impl<T: Operations> Device<T> {
             let mut guard = vq.lock();
             any |= guard.is_running() || !guard.is_idle();
             guard.stop();
+        }
+        for vq in &self.virtqueues {
+            if let Some(direct_kick) = vq.handler_of_direct_kicks() {
+                direct_kick.detach();
+            }
         }
         if !any {
             return;

@@ -110,11 +110,11 @@ impl SlotHead {
     /// are done, and the caller the only one to know of it.
     #[inline]
     pub(super) unsafe fn complete(node: *mut raw::llist_node, ring: &UsedRing) -> bool {
-        if !ring.is_mapped() {
-            return false;
-        }
         // SAFETY: The caller promises what is said of `node`.
         let slot = unsafe { Self::from_node(node) };
+        if !ring.is_mapped() || slot.bios.would_block() {
+            return false;
+        }
         // SAFETY: The caller is the only one to know of the slot.
         let Some(direct) = (unsafe { (*slot.direct.get()).take() }) else {
             return false;
@@ -289,6 +289,25 @@ impl<'a, T: Operations> Request<'a, T> {
     #[inline]
     pub(crate) fn failed(&self) -> bool {
         self.slot.bios.error()
+    }
+
+    /// Whether one of its bios came back because its submitter would have had to wait for the disk, where that
+    /// was not to be: see [`Request::rewind`].
+    #[inline]
+    pub(crate) fn would_block(&self) -> bool {
+        self.slot.bios.would_block()
+    }
+
+    /// Has its bios, if they are done, done again when it is submitted the next time, by somebody who may wait.
+    pub(crate) fn rewind(&mut self, guard: &VirtqueueGuard<'_, T>) {
+        match guard.backend() {
+            // SAFETY: By the type invariant the slot's bios are ours, and they are on the virtqueue's backend.
+            Some(backend) if guard.is_of(self.vq) => unsafe { self.slot.bios.rewind(backend) },
+            _ => {
+                while self.take_bio().is_some() {}
+                self.fail();
+            }
+        }
     }
 
     /// Makes the request one that failed.

@@ -187,6 +187,8 @@ pub(super) struct UsedRing {
     lock: Opaque<raw::spinlock_t>,
     inner: UnsafeCell<Inner>,
     mapped: Atomic<bool>,
+    /// The index of the next entry, or a moment ago, if it is mapped.
+    next: Atomic<u32>,
 }
 
 // SAFETY: `inner` is `Send`, and accessed with the lock held.
@@ -203,6 +205,7 @@ impl UsedRing {
                 call: None,
             }),
             mapped: Atomic::new(false),
+            next: Atomic::new(0),
         })
     }
 
@@ -232,6 +235,7 @@ impl UsedRing {
         self.with_inner(|inner| {
             let rings = inner.rings.as_mut()?;
             let result = f(rings);
+            self.next.store(u32::from(rings.next), ordering::Relaxed);
             if rings.publish() {
                 if let Some(call) = &inner.call {
                     call.signal();
@@ -245,6 +249,14 @@ impl UsedRing {
     #[inline]
     pub(super) fn is_mapped(&self) -> bool {
         self.mapped.load(ordering::Relaxed)
+    }
+
+    /// The index of the next entry, as far as can be said without the lock, if the ring is mapped.
+    #[inline]
+    pub(super) fn next_if_mapped(&self) -> Option<u16> {
+        // CAST: It is one of 16 bits.
+        self.is_mapped()
+            .then(|| self.next.load(ordering::Relaxed) as u16)
     }
 
     /// Sets whom to tell of new entries. Context: process.
@@ -269,6 +281,7 @@ impl UsedRing {
             if let Some(rings) = &mut rings {
                 rings.next = next;
             }
+            self.next.store(u32::from(next), ordering::Relaxed);
             (core::mem::replace(&mut inner.rings, rings), next)
         });
         drop(old);

@@ -19,6 +19,7 @@ use super::{
         Region,
         Words, //
     },
+    direct_kick::DirectKick,
     fetch::{
         FetchError,
         Fetched,
@@ -69,6 +70,11 @@ use core::{
 };
 use kernel::{
     error::to_result,
+    ffi::{
+        c_int,
+        c_uint,
+        c_void, //
+    },
     prelude::*,
     sync::{
         lock::{
@@ -112,6 +118,13 @@ pub(crate) trait Operations: Sized + Send + 'static {
     ///
     /// Context: process context in the owner's address space; may sleep.
     fn handle_kick(vq: &Virtqueue<Self>, turn: &Turn);
+
+    /// Called in the task that kicked, instead of [`Operations::handle_kick`] in the worker, if no request was in
+    /// flight then. Bios that are made with this guard do not let who submits them wait for the disk; what else
+    /// would is left to the worker: [`VirtqueueGuard::must_not_wait`].
+    ///
+    /// Context: a task of the owner's, on its way to user space or into its guest; may sleep.
+    fn handle_direct_kick(guard: &mut VirtqueueGuard<'_, Self>);
 
     /// Completes the requests that are done. Called by whoever stops the device.
     ///
@@ -201,6 +214,8 @@ pub(crate) struct Virtqueue<T: Operations> {
     #[pin]
     slow: SlowWork,
     wanted: Wanted,
+    /// What handles kicks where they are made, if anything does.
+    direct_kick: Option<Arc<DirectKick<T>>>,
     inner: UnsafeCell<Inner<T>>,
 }
 
@@ -218,13 +233,18 @@ impl<T: Operations> Virtqueue<T> {
         + MAX_USED
             * (size_of::<raw::vhost_log>() + size_of::<raw::vring_used_elem>() + size_of::<u16>())
         + size_of::<IoVec>() * MAX_IOVECS
-        + BioSet::RESERVE_BYTES;
+        + BioSet::RESERVE_BYTES
+        + size_of::<DirectKick<T>>().next_power_of_two();
 
     /// Bytes of memory of each slot.
     pub(crate) const SLOT_BYTES: usize = size_of::<Slot<T::Request>>();
 
-    /// A virtqueue that is not part of a device yet.
-    pub(super) fn new(data: T) -> impl PinInit<Self, Error> {
+    /// A virtqueue that is not part of a device yet. With `direct_kick`, [`Virtqueue::listen`] is to be called when
+    /// it is.
+    pub(super) fn new(
+        data: T,
+        direct_kick: Option<Arc<DirectKick<T>>>,
+    ) -> impl PinInit<Self, Error> {
         try_pin_init!(&this in Self {
             raw <- Opaque::ffi_init(|raw: *mut raw::vhost_virtqueue| {
                 // SAFETY: `raw` is memory for a `struct vhost_virtqueue`, of which `vhost_dev_init()`
@@ -241,6 +261,7 @@ impl<T: Operations> Virtqueue<T> {
             bios <- BioSet::new(),
             slow <- SlowWork::new(Self::slow_callback),
             wanted: Wanted::new(),
+            direct_kick,
             inner: UnsafeCell::new(Inner {
                 data,
                 backend: None,
@@ -275,7 +296,7 @@ impl<T: Operations> Virtqueue<T> {
     /// # Safety
     ///
     /// `raw` must be that of a `Virtqueue<T>` that lives for `'a`.
-    unsafe fn from_raw<'a>(raw: *mut raw::vhost_virtqueue) -> &'a Self {
+    pub(super) unsafe fn from_raw<'a>(raw: *mut raw::vhost_virtqueue) -> &'a Self {
         // SAFETY: It is the first field of a `repr(C)` type; the caller promises the rest.
         unsafe { &*raw.cast::<Self>() }
     }
@@ -292,6 +313,96 @@ impl<T: Operations> Virtqueue<T> {
         // device is not freed before its workers are. It is the work that the worker calls back for.
         let (vq, turn) = unsafe { (Self::from_raw((*poll).vq), Turn::new(work)) };
         T::handle_kick(vq, &turn);
+    }
+
+    /// Takes kicks before the core does, if they are to be handled where they are made.
+    ///
+    /// # Safety
+    ///
+    /// The virtqueue was just made part of a device.
+    pub(super) unsafe fn listen(&self) {
+        if self.direct_kick.is_some() {
+            // SAFETY: The caller promises that it is initialised, and nobody else knows of it yet.
+            unsafe { (*self.raw.get()).poll.wait.func = Some(Self::wake_callback) };
+        }
+    }
+
+    /// Called where the kick eventfd is signalled: has the kick handled by the current task, or by the worker.
+    /// Context: any, with the lock of the eventfd held.
+    ///
+    /// Source: `vhost_poll_wakeup()` in `drivers/vhost/vhost.c`.
+    ///
+    /// # Safety
+    ///
+    /// Only for the wait queue of a file, with the entry of the poll structure of a `Virtqueue<T>`.
+    unsafe extern "C" fn wake_callback(
+        wait: *mut raw::wait_queue_entry_t,
+        _mode: c_uint,
+        _flags: c_int,
+        key: *mut c_void,
+    ) -> c_int {
+        let poll = kernel::container_of!(wait, raw::vhost_poll, wait);
+        // SAFETY: The entry is part of a `struct vhost_poll`, whose fields `vhost_dev_init()` set. It is taken off
+        // the wait queue before the device goes.
+        unsafe {
+            // CAST: As `key_to_poll()` has it.
+            if key.addr() as u32 & (*poll).mask != 0
+                && !Self::from_raw((*poll).vq).queue_direct_kick()
+            {
+                raw::vhost_poll_queue(poll);
+            }
+        }
+        0
+    }
+
+    /// Has a kick handled by the current task, if nothing is in flight: then that is sooner than to wake the
+    /// worker. Else the worker takes it, and the task goes on meanwhile. Returns whether the task will.
+    ///
+    /// Context: any.
+    #[inline]
+    fn queue_direct_kick(&self) -> bool {
+        let Some(direct_kick) = &self.direct_kick else {
+            return false;
+        };
+        let raw = self.as_raw();
+        // SAFETY: The virtqueue is initialised. The reads are volatile since others may write: whatever they
+        // find, who handles the kick looks again, with the mutex held.
+        let (avail, used, polls, mm) = unsafe {
+            (
+                (&raw const (*raw).last_avail_idx).read_volatile(),
+                (&raw const (*raw).last_used_idx).read_volatile(),
+                (&raw const (*raw).busyloop_timeout).read_volatile() != 0,
+                (&raw const (*(*raw).dev).mm).read_volatile(),
+            )
+        };
+        let used = self
+            .completions
+            .used_ring()
+            .next_if_mapped()
+            .unwrap_or(used);
+        avail == used && !polls && direct_kick.queue(mm)
+    }
+
+    /// Handles a kick in the current task, or leaves it to the worker.
+    ///
+    /// Context: a task on its way to user space or into its guest; may sleep.
+    pub(super) fn direct_kick(&self) {
+        // Whoever has the mutex may be about to wait.
+        let Some(mut guard) = self.try_lock() else {
+            return self.queue_kick();
+        };
+        guard.must_not_wait = true;
+        if guard.is_in_task_of_owner() && !guard.has_iotlb() {
+            T::handle_direct_kick(&mut guard);
+        } else {
+            guard.poll();
+        }
+    }
+
+    /// Has the worker handle a kick.
+    fn queue_kick(&self) {
+        // SAFETY: The virtqueue is initialised. Without a worker this does nothing.
+        unsafe { raw::vhost_poll_queue(&raw mut (*self.as_raw()).poll) };
     }
 
     /// Called by the core in the worker when the completion list filled.
@@ -345,15 +456,33 @@ impl<T: Operations> Virtqueue<T> {
     /// Takes the mutex as one who waits for requests to complete, or as one who does not.
     #[inline]
     pub(super) fn lock_as(&self, waits: bool) -> VirtqueueGuard<'_, T> {
+        self.guard(self.mutex().lock(), waits)
+    }
+
+    /// Takes the mutex if nobody has it.
+    fn try_lock(&self) -> Option<VirtqueueGuard<'_, T>> {
+        Some(self.guard(self.mutex().try_lock()?, false))
+    }
+
+    #[inline]
+    fn mutex(&self) -> &Lock<(), MutexBackend> {
         // SAFETY: By the type invariant the virtqueue, and so its mutex, is initialised.
-        let mutex: &Lock<(), MutexBackend> =
-            unsafe { Lock::from_raw(&raw mut (*self.raw.get()).mutex) };
-        let guard = mutex.lock();
+        unsafe { Lock::from_raw(&raw mut (*self.raw.get()).mutex) }
+    }
+
+    /// What comes with the mutex, of which `guard` is one.
+    #[inline]
+    fn guard<'a>(
+        &'a self,
+        guard: Guard<'a, (), MutexBackend>,
+        waits: bool,
+    ) -> VirtqueueGuard<'a, T> {
         // SAFETY: The mutex is held.
         unsafe { self.completions.enter() };
         VirtqueueGuard {
             vq: self,
             waits,
+            must_not_wait: false,
             translated: None,
             region: Region::EMPTY,
             _guard: guard,
@@ -368,6 +497,11 @@ impl<T: Operations> Virtqueue<T> {
     /// What requests have to do that takes long.
     pub(super) fn slow(&self) -> &SlowWork {
         &self.slow
+    }
+
+    /// What handles kicks where they are made, if anything does.
+    pub(super) fn handler_of_direct_kicks(&self) -> Option<&DirectKick<T>> {
+        self.direct_kick.as_deref()
     }
 
     /// Who wants the mutex, so that nobody polls meanwhile.
@@ -451,6 +585,7 @@ impl Memory for UserMemory<'_> {
 pub(crate) struct VirtqueueGuard<'a, T: Operations> {
     vq: &'a Virtqueue<T>,
     waits: bool,
+    must_not_wait: bool,
     /// Whether the rings are in the device IOTLB, once that was looked for.
     translated: Option<bool>,
     /// The region of the guest's memory that was last used. The table of regions does not change while the
@@ -602,10 +737,24 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.direct = direct;
         self.vq.slow.resume();
         self.map_rings();
+        self.attach_direct_kick();
 
         // The guest may have added buffers before there was a backend to look.
         self.poll();
         Ok(())
+    }
+
+    /// Lets kicks be handled where they are made, if the disk does not let those wait who do not want to, and nothing
+    /// else has to be asked for: there are no zones, and no device IOTLB.
+    fn attach_direct_kick(&self) {
+        let fits = |backend: &Backend| backend.takes_nowait() && !backend.is_zoned();
+        let Some(direct_kick) = &self.vq.direct_kick else {
+            return;
+        };
+        if !self.has_iotlb() && self.backend().is_some_and(fits) {
+            // SAFETY: A virtqueue that was started is stopped before it goes, and then detached.
+            unsafe { direct_kick.attach(self.vq) };
+        }
     }
 
     /// How many stretches of memory a chain may have.
@@ -810,8 +959,27 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// Lets the worker look at the ring, as if the guest had kicked.
     pub(crate) fn poll(&self) {
-        // SAFETY: The virtqueue is initialised. Without a worker this does nothing.
-        unsafe { raw::vhost_poll_queue(&raw mut (*self.vq.as_raw()).poll) };
+        self.vq.queue_kick();
+    }
+
+    /// Says whether the next kick is to be handled where it is made, if it can be and no request is in flight.
+    #[inline]
+    pub(crate) fn set_direct_kick(&self, wanted: bool) {
+        if let Some(direct_kick) = &self.vq.direct_kick {
+            direct_kick.set_wanted(wanted);
+        }
+    }
+
+    /// Whether the current task must not wait for the disk: what would is left to the worker.
+    #[inline]
+    pub(crate) fn must_not_wait(&self) -> bool {
+        self.must_not_wait
+    }
+
+    /// Whether a backend runs and the current task is one of the owner's, and goes back to user space.
+    fn is_in_task_of_owner(&self) -> bool {
+        // SAFETY: The mutex is held. While a backend runs there is an owner, which does not change.
+        self.is_running() && unsafe { raw::rust_helper_in_task_of((*(*self.vq.as_raw()).dev).mm) }
     }
 
     /// Lets the worker come back to [`Operations::handle_completion_work`], after what else it has to do.
@@ -992,12 +1160,14 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     ) -> Option<Bio<'a, Building>> {
         let backend = self.backend()?;
         let bios = self.vq.bios();
-        bios.alloc(backend, op, sector, pages, false).or_else(|| {
+        let nowait = self.must_not_wait;
+        let alloc = |wait| bios.alloc(backend, op, sector, pages, nowait, wait);
+        alloc(false).or_else(|| {
             // Other bios of this virtqueue are freed by this very task: only wait if there is none.
-            if !first || self.has_in_flight() {
+            if !first || self.must_not_wait || self.has_in_flight() {
                 return None;
             }
-            bios.alloc(backend, op, sector, pages, true)
+            alloc(true)
         })
     }
 
@@ -1015,7 +1185,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             let backend = self.backend()?;
             let slot = self.inner().slots.get(usize::from(head))?;
             // SAFETY: The mutex is held. Slots are not moved or freed while they have a bio.
-            let bio = unsafe { slot.room().fill(backend, op, sector) };
+            let bio = unsafe { slot.room().fill(backend, op, sector, self.must_not_wait) };
             if bio.is_some() {
                 return bio;
             }

@@ -7,6 +7,9 @@
 //! random input.
 
 #[cfg(test)]
+#[path = "../../../driver/choice.rs"]
+mod choice;
+#[cfg(test)]
 #[path = "../../../bindings/vhost/descriptors.rs"]
 mod descriptors;
 #[cfg(test)]
@@ -25,6 +28,8 @@ mod window;
 #[path = "../../../driver/zone_request.rs"]
 mod zone_request;
 
+#[cfg(test)]
+mod choice_tests;
 #[cfg(test)]
 mod descriptors_tests;
 #[cfg(test)]

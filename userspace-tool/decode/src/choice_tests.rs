@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `driver/choice.rs`.
+
+use crate::choice::{Choice, Handler};
+
+/// Has so many kicks handled by whom it says, each finding what it finds. Returns how many the worker handled.
+fn run(choice: &mut Choice, kicks: usize, kicker: usize, worker: usize) -> usize {
+    let mut next = choice.handled(Handler::Kicker, 0);
+    let mut by_worker = 0;
+    for _ in 0..kicks {
+        let found = match next {
+            Handler::Kicker => kicker,
+            Handler::Worker => {
+                by_worker += 1;
+                worker
+            }
+        };
+        next = choice.handled(next, found);
+    }
+    by_worker
+}
+
+#[test]
+fn one_request_at_a_time_needs_no_worker() {
+    let mut choice = Choice::default();
+    assert!(run(&mut choice, 1000, 1, 1) < 10);
+    // Less than one in a hundred, which would show in percentiles.
+    assert!(run(&mut choice, 10_000, 1, 1) < 50);
+}
+
+#[test]
+fn a_guest_that_goes_on_gets_the_worker() {
+    let mut choice = Choice::default();
+    for (kicker, worker) in [(1, 2), (1, 8), (2, 4), (4, 8), (1, 1000)] {
+        run(&mut choice, 1000, kicker, worker);
+        let by_worker = run(&mut choice, 10_000, kicker, worker);
+        assert!(by_worker > 9900, "{kicker}, {worker}: {by_worker}");
+    }
+}
+
+#[test]
+fn kicks_for_many_need_no_worker() {
+    let mut choice = Choice::default();
+    run(&mut choice, 100, 32, 32);
+    assert!(run(&mut choice, 10_000, 32, 32) < 50);
+}
+
+#[test]
+fn it_follows_the_guest() {
+    let mut choice = Choice::default();
+    for _ in 0..5 {
+        run(&mut choice, 300, 1, 20);
+        assert!(run(&mut choice, 1000, 1, 20) > 950);
+        run(&mut choice, 300, 1, 1);
+        assert!(run(&mut choice, 1000, 1, 1) < 50);
+    }
+}
+
+#[test]
+fn what_is_refused_goes_to_the_worker_for_a_while() {
+    let mut choice = Choice::default();
+    let mut refused = 0;
+    let mut next = Handler::Kicker;
+    for _ in 0..1700 {
+        next = match next {
+            Handler::Kicker => {
+                refused += 1;
+                choice.refused()
+            }
+            Handler::Worker => choice.handled(Handler::Worker, 1),
+        };
+    }
+    assert!((50..=110).contains(&refused), "{refused}");
+    run(&mut choice, 100, 1, 1);
+    assert!(run(&mut choice, 1000, 1, 1) < 10);
+}
+
+#[test]
+fn finding_nothing_says_nothing() {
+    let mut choice = Choice::default();
+    for _ in 0..1000 {
+        assert_eq!(choice.handled(Handler::Worker, 0), Handler::Kicker);
+    }
+}
+
+#[test]
+fn any_number_may_be_found() {
+    let mut choice = Choice::default();
+    for n in 0..100_000_usize {
+        let by = if n % 3 == 0 {
+            Handler::Worker
+        } else {
+            Handler::Kicker
+        };
+        choice.handled(by, n.wrapping_mul(n) << (n % 40));
+        choice.handled(by, usize::MAX);
+    }
+}
