@@ -23,7 +23,7 @@ module! {
             description: "Submit small requests in the task that kicks, without a worker: 0 off, 1 on",
         },
         direct_completion: u32 {
-            default: 0,
+            default: 1,
             description: "Complete requests where the disk does, without a worker: 0 off, 1 on",
         },
     },
