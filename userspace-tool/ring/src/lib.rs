@@ -74,7 +74,7 @@ pub use memory::{Buffer, Memory, Protection};
 pub use queue::Queue;
 pub use request::{Completion, Cut, Kind, Range, Request, Shape, Status, Zone};
 pub use ring::{Descriptor, Parts, Ring, Segment, Table, Used};
-pub use sys::report_zones;
+pub use sys::{event_descriptor, report_zones, write_and_close};
 pub use uring::Uring;
 pub use vhost::VhostUserMemoryRegionInfo as Region;
 pub use vhost_user::VhostUserGuest;

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 
 use crate::context::Context;
-use crate::{abi, dirty_log, lifecycle, zones};
+use crate::{abi, dirty_log, kicks, lifecycle, zones};
 
 /// Plays a part, with what it works on as standard input.
 pub(crate) fn play(context: &Context, part: &str) -> ExitCode {
@@ -31,6 +31,7 @@ fn try_play(context: &Context, part: &str) -> Result<()> {
             Ok(())
         }
         "log_of_another" => dirty_log::of_another(input()?),
+        "kick" => kicks::kick(input()?),
         "hold" => lifecycle::hold(input()?),
         "zones" => zones::report_until_killed(context),
         busy if busy.starts_with("busy_") => lifecycle::busy_until_killed(context, busy),

@@ -71,15 +71,37 @@ pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(Skip(reason.into()).into())
 }
 
+/// What only some tests need.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Others {
+    /// A disk that takes 100 ms or more for a request (dm-delay), 8 MiB or more, of which those
+    /// are overwritten; without it some tests are skipped
+    #[arg(long, value_name = "DISK")]
+    pub(crate) slow_disk: Option<PathBuf>,
+    /// A disk that takes one request at a time, for a second, and lets who submits another wait, 1 MiB or
+    /// more, overwritten; without it some tests are skipped
+    #[arg(long, value_name = "DISK")]
+    pub(crate) narrow_disk: Option<PathBuf>,
+    /// A disk of which the first half works and every request to the second half fails (dm-linear
+    /// and dm-error), 4 MiB or more, overwritten; without it some tests are skipped
+    #[arg(long, value_name = "DISK")]
+    pub(crate) bad_disk: Option<PathBuf>,
+    /// A zoned disk with a limit of open and one of active zones, at least two conventional zones and
+    /// eight sequential ones, whose capacity is below their size, overwritten; without it some tests
+    /// are skipped
+    #[arg(long, value_name = "DISK")]
+    pub(crate) zoned_disk: Option<PathBuf>,
+    /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) folder: Option<PathBuf>,
+}
+
 /// What the tests work with.
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
     device: PathBuf,
     disk: PathBuf,
-    slow_disk: Option<PathBuf>,
-    bad_disk: Option<PathBuf>,
-    zoned_disk: Option<PathBuf>,
-    folder: Option<PathBuf>,
+    others: Others,
     event: Option<Event>,
     poll_us: u32,
     pin_memory: bool,
@@ -89,10 +111,7 @@ impl Context {
     pub(crate) fn new(
         device: PathBuf,
         disk: PathBuf,
-        slow_disk: Option<PathBuf>,
-        bad_disk: Option<PathBuf>,
-        zoned_disk: Option<PathBuf>,
-        folder: Option<PathBuf>,
+        others: Others,
         event: Option<Event>,
         poll_us: u32,
         pin_memory: bool,
@@ -100,10 +119,7 @@ impl Context {
         Context {
             device,
             disk,
-            slow_disk,
-            bad_disk,
-            zoned_disk,
-            folder,
+            others,
             event,
             poll_us,
             pin_memory,
@@ -179,7 +195,7 @@ impl Context {
 
     /// Path of the slow disk. Without one, the test is skipped.
     pub(crate) fn slow_disk_path(&self) -> Result<&Path> {
-        match &self.slow_disk {
+        match &self.others.slow_disk {
             Some(path) => Ok(path),
             None => skip("needs --slow-disk"),
         }
@@ -190,9 +206,22 @@ impl Context {
         disk::open(self.slow_disk_path()?, true, true)
     }
 
+    /// Path of the disk that takes one request at a time. Without one, the test is skipped.
+    pub(crate) fn narrow_disk_path(&self) -> Result<&Path> {
+        match &self.others.narrow_disk {
+            Some(path) => Ok(path),
+            None => skip("needs --narrow-disk"),
+        }
+    }
+
+    /// The disk that takes one request at a time, for a backend.
+    pub(crate) fn narrow_disk(&self) -> Result<File> {
+        disk::open(self.narrow_disk_path()?, true, true)
+    }
+
     /// The disk that fails in its second half, for a backend. Without one, the test is skipped.
     pub(crate) fn bad_disk(&self) -> Result<File> {
-        match &self.bad_disk {
+        match &self.others.bad_disk {
             Some(path) => disk::open(path, true, true),
             None => skip("needs --bad-disk"),
         }
@@ -200,7 +229,7 @@ impl Context {
 
     /// Path of the zoned disk. Without one, the test is skipped.
     pub(crate) fn zoned_disk_path(&self) -> Result<&Path> {
-        match &self.zoned_disk {
+        match &self.others.zoned_disk {
             Some(path) => Ok(path),
             None => skip("needs --zoned-disk"),
         }
@@ -213,7 +242,7 @@ impl Context {
 
     /// A folder on a filesystem that has a disk. Without one, the test is skipped.
     pub(crate) fn folder(&self) -> Result<&Path> {
-        match &self.folder {
+        match &self.others.folder {
             Some(path) => Ok(path),
             None => skip("needs --folder"),
         }
@@ -257,16 +286,19 @@ impl Context {
             .arg(&self.disk)
             .arg("--yes-destroy-data")
             .stdin(Stdio::null());
-        if let Some(slow_disk) = &self.slow_disk {
+        if let Some(slow_disk) = &self.others.slow_disk {
             command.arg("--slow-disk").arg(slow_disk);
         }
-        if let Some(bad_disk) = &self.bad_disk {
+        if let Some(narrow_disk) = &self.others.narrow_disk {
+            command.arg("--narrow-disk").arg(narrow_disk);
+        }
+        if let Some(bad_disk) = &self.others.bad_disk {
             command.arg("--bad-disk").arg(bad_disk);
         }
-        if let Some(zoned_disk) = &self.zoned_disk {
+        if let Some(zoned_disk) = &self.others.zoned_disk {
             command.arg("--zoned-disk").arg(zoned_disk);
         }
-        if let Some(folder) = &self.folder {
+        if let Some(folder) = &self.others.folder {
             command.arg("--folder").arg(folder);
         }
         if let Some(event) = &self.event {

@@ -14,6 +14,7 @@ mod dirty_log;
 mod disk;
 mod events;
 mod iotlb;
+mod kicks;
 mod kmsg;
 mod lifecycle;
 mod memory;
@@ -32,7 +33,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use vhost_blk_ring::uapi;
 
-use context::{Context, Test};
+use context::{Context, Others, Test};
 use events::Event;
 
 /// Test /dev/vhost-blk: its interface, requests, and broken or hostile guests.
@@ -53,22 +54,8 @@ struct Args {
     /// Confirm that what is on the disks is lost
     #[arg(long)]
     yes_destroy_data: bool,
-    /// A disk that takes 100 ms or more for a request (dm-delay), 8 MiB or more, of which those
-    /// are overwritten; without it some tests are skipped
-    #[arg(long, value_name = "DISK")]
-    slow_disk: Option<PathBuf>,
-    /// A disk of which the first half works and every request to the second half fails (dm-linear
-    /// and dm-error), 4 MiB or more, overwritten; without it some tests are skipped
-    #[arg(long, value_name = "DISK")]
-    bad_disk: Option<PathBuf>,
-    /// A zoned disk with a limit of open and one of active zones, at least two conventional zones and
-    /// eight sequential ones, whose capacity is below their size, overwritten; without it some tests
-    /// are skipped
-    #[arg(long, value_name = "DISK")]
-    zoned_disk: Option<PathBuf>,
-    /// A folder on a filesystem that has a disk, such as ext4; without it some tests are skipped
-    #[arg(long, value_name = "FOLDER")]
-    folder: Option<PathBuf>,
+    #[command(flatten)]
+    others: Others,
     /// A disk that something happens to, 32 MiB or more, overwritten; only tests of that are run
     #[arg(long, value_name = "DISK", requires = "event", requires = "event_end")]
     event_disk: Option<PathBuf>,
@@ -109,6 +96,7 @@ fn tests() -> Vec<&'static Test> {
         memory::TESTS,
         pinned::TESTS,
         placement::TESTS,
+        kicks::TESTS,
         dirty_log::TESTS,
         iotlb::TESTS,
         events::TESTS,
@@ -146,10 +134,7 @@ fn main() -> ExitCode {
     let context = Context::new(
         args.device,
         disk,
-        args.slow_disk,
-        args.bad_disk,
-        args.zoned_disk,
-        args.folder,
+        args.others,
         event,
         args.poll_us,
         args.pin_memory,

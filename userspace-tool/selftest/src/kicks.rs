@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Kicks, whoever makes them, and whatever that task does next.
+//!
+//! All of it has to work the same whether the worker handles a kick or the task that kicks.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use vhost_blk_ring::{
+    Guest, Memory, Options, Request, Shape, Status, event_descriptor, write_and_close,
+};
+
+use crate::check::{self, UsedLen};
+use crate::context::{Context, PATIENCE, Test, test};
+use crate::disk::{self, Disk};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        "kicks.do_not_wait",
+        "the disk takes no more requests: a kick returns at once, and they complete",
+        do_not_wait
+    ),
+    test!(
+        "kicks.and_close",
+        "the device is closed by the task that kicks, before it returns from its system call",
+        and_close
+    ),
+    test!(
+        "kicks.other_process",
+        "a process with other memory kicks",
+        other_process
+    ),
+    test!(
+        "kicks.many_threads",
+        "several threads kick the same ring, over stops and starts",
+        120,
+        many_threads
+    ),
+];
+
+/// How long a kick may take: less than the narrow disk takes for a request.
+const SOON: Duration = Duration::from_millis(500);
+
+/// How long the disk gets to be busy.
+const LATER: Duration = Duration::from_millis(200);
+
+/// How many times that is tried: a slow host may take any time now and then, but one that waits does so each time.
+const TRIES: usize = 3;
+
+fn do_not_wait(context: &Context) -> Result<()> {
+    let mut guest = context.guest(|options| options.queues = 2)?;
+    Disk::open(context.narrow_disk_path()?)?.write(0, &disk::pattern(0, 64))?;
+    guest.start(context.narrow_disk()?)?;
+
+    let mut took = Vec::new();
+    for _ in 0..TRIES {
+        let begin = Instant::now();
+        // More than it has a tag for.
+        for n in 0..3 {
+            guest
+                .queue(0)
+                .submit(Request::read(8 * n, 4096), &Shape::default())?;
+        }
+        guest.queue(0).kick()?;
+        thread::sleep(LATER);
+        guest
+            .queue(1)
+            .submit(Request::read(32, 4096), &Shape::default())?;
+        let kick = Instant::now();
+        guest.queue(1).kick()?;
+        took.push(kick.elapsed());
+
+        for queue in guest.queues() {
+            for done in queue.wait_all(PATIENCE)? {
+                check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
+                let expected = disk::pattern(done.request.sector, 8);
+                check::same("a read", &done.data, &expected)?;
+            }
+        }
+        ensure!(
+            begin.elapsed() > SOON + LATER,
+            "the disk took all requests at once: nothing was to wait for"
+        );
+    }
+    ensure!(
+        took.iter().any(|time| *time < SOON),
+        "each kick waited for the disk: {took:?}"
+    );
+    Ok(())
+}
+
+fn and_close(context: &Context) -> Result<()> {
+    for round in 0..50 {
+        context.step(format_args!("round {round}"));
+        // Its rings stay where they are when the device is gone.
+        let memory = Memory::new(4 << 20)?;
+        let mut guest = Guest::with_memory(&context.options(), &memory)?;
+        guest.start(context.disk()?)?;
+        if round % 2 == 0 {
+            guest
+                .queue(0)
+                .run(Request::read(0, 4096), &Shape::default(), PATIENCE)?;
+        }
+        guest
+            .queue(0)
+            .submit(Request::read(0, 4096), &Shape::default())?;
+        guest.queue(0).ring.publish()?;
+        let event = guest.queue(0).ring.kick_event().try_clone()?;
+        let device: OwnedFd = guest.device().file().try_clone()?.into();
+        drop(guest);
+        write_and_close(&event, device)?;
+    }
+    Ok(())
+}
+
+fn other_process(context: &Context) -> Result<()> {
+    let mut guest = context.started(|_| ())?;
+    for n in 0..4 {
+        guest
+            .queue(0)
+            .submit(Request::read(8 * n, 4096), &Shape::default())?;
+        guest.queue(0).ring.publish()?;
+        let event = event_descriptor(guest.queue(0).ring.kick_event())?;
+        context.other_process("kick", event.into())?;
+        let done = guest.queue(0).wait(PATIENCE)?;
+        check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
+    }
+    Ok(())
+}
+
+/// Kicks the ring whose kick eventfd this is.
+pub(crate) fn kick(mut event: File) -> Result<()> {
+    Ok(event.write_all(&1_u64.to_ne_bytes())?)
+}
+
+/// Tells other threads that it is over, whatever becomes of this one.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn many_threads(context: &Context) -> Result<()> {
+    const THREADS: usize = 4;
+    const STARTS: usize = 5;
+    const REQUESTS: u64 = 100;
+    let mut guest = context.guest(|options: &mut Options| options.queue_size = 64)?;
+    guest.start(context.disk()?)?;
+    let events = (0..THREADS).map(|_| guest.queue(0).ring.kick_event().try_clone());
+    let events = events.collect::<std::io::Result<Vec<_>>>()?;
+    let ended = AtomicBool::new(false);
+
+    thread::scope(|scope| {
+        let _end = End(&ended);
+        for event in &events {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    event.write(1).expect("the counter has room");
+                    thread::yield_now();
+                }
+            });
+        }
+        for start in 0..STARTS {
+            context.step(format_args!("start {start}"));
+            for n in 0..REQUESTS {
+                let sector = 8 * (n % 64);
+                let queue = guest.queue(0);
+                let done = queue.run(Request::read(sector, 4096), &Shape::default(), PATIENCE)?;
+                check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
+            }
+            let bases = guest.stop()?;
+            guest.resume(context.disk()?, &bases)?;
+        }
+        Ok(())
+    })
+}
