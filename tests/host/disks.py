@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Block devices of the host to test on, each removed when it is closed."""
 
+import errno
 import glob
 import os
 import subprocess
@@ -283,6 +284,19 @@ class ScsiDebug(Disk):
             time.sleep(0.1)
         self.path = "/dev/" + os.path.basename(found[0])
         self.wait()
+
+    @staticmethod
+    def set(name, value):
+        """Set one of the driver's attributes, as soon as no request is in flight."""
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                write(f"/sys/bus/pseudo/drivers/scsi_debug/{name}", value)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def close(self):
         settle()

@@ -3,6 +3,7 @@
 """Tests of the module without a guest; runs in the host as root. Prints KTAP."""
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -130,12 +131,13 @@ def rotating():
                      "--zoned-disk", zoned_disk.path, "--only=zones.queued")
 
 
-def later():
-    """Requests, completed in an interrupt."""
-    load(*DIRECT)
-    with NullBlk(irqmode=2, nsec=50000) as disk:
-        ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
-                     "--only=request.")
+def later(*only, parameters=()):
+    """A test on a disk that completes in an interrupt."""
+    def run():
+        load(*parameters)
+        with NullBlk(irqmode=2, nsec=50000) as disk:
+            ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path, *only)
+    return run
 
 
 def placement(*only, parameters=()):
@@ -152,7 +154,7 @@ def placement(*only, parameters=()):
 
 def dirty_log():
     """The dirty log switched on and off, of requests that complete without a worker."""
-    load(*DIRECT)
+    load()
     with NullBlk(irqmode=2, nsec=50000) as disk, Delay(NullBlk(size=16), 600, 600) as slow:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
                      "--slow-disk", slow.path, "--only=dirty_log.drained",
@@ -165,6 +167,35 @@ def polled():
     with NullBlk(irqmode=2, nsec=50000) as disk:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path, POLL,
                      "--only=request.", "--only=life.")
+
+
+def kicks(*parameters):
+    """A test of kicks, by whom and whatever comes next, with those parameters."""
+    def run():
+        load(*parameters)
+        with Brd() as disk, ScsiDebug("max_queue=1", size=16) as narrow:
+            narrow.set("ndelay", 900_000_000)
+            try:
+                ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
+                             "--narrow-disk", narrow.path, "--only=kicks.")
+            finally:
+                narrow.set("delay", 0)
+    return run
+
+
+def wakeups():
+    """At depth 1 the worker is not woken to submit a request, unless the module is told so."""
+    # With data its driver may sleep, and the worker does all.
+    with NullBlk(memory_backed=0) as disk:
+        for parameters, woken in ((WORKER, True), ((), False)):
+            load(*parameters)
+            text = sh(OPTIONS.tool, "bench", "--path", "vhost-blk", "--disk", disk.path, "--rw",
+                      "randread", "--bs", "4096", "--iodepth", "1", "--count", "2000", "--warmup",
+                      "100", "--json")
+            result = json.loads(text[text.index("{"):])
+            each = sum(result["context_switches"]["server"].values())
+            say(f"{' '.join(parameters) or 'as loaded'}: {each} switches for a request")
+            expect("woken for a request", each > 0.5, woken)
 
 
 def stays_pinned():
@@ -191,7 +222,10 @@ def specification():
     conformance.test(OPTIONS.tool)
 
 
-DIRECT = ("direct_completion=1",)
+# All by the worker, and one of both.
+WORKER = ("direct_submission=0", "direct_completion=0")
+DIRECT_SUBMISSION = ("direct_completion=0",)
+DIRECT_COMPLETION = ("direct_submission=0",)
 # The longest there is; what an emulated host's worker waits for often takes longer.
 POLL = "--poll-us=1000"
 WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
@@ -290,21 +324,19 @@ TESTS = [
     Test("zoned disks", zoned(irqmode=2)),
     Test("zoned disks, with appends made of writes", zoned(zone_append_max_sectors=0), long=True),
     Test("a zoned disk that rotates", rotating),
-    Test("rings and eventfds moved, on a disk that completes later",
-         placement("rings_moved_under_load", "late_call"), long=True),
     specification,
     Test("exercise: null_blk irqmode=0", exercise(NullBlk, *TASK)),
     Test("exercise: null_blk irqmode=1, completed in a softirq, kthread workers",
          exercise(lambda: NullBlk(irqmode=1, queues=1), *KTHREAD), long=True),
     Test("exercise: null_blk irqmode=2, a worker for each queue",
          exercise(lambda: NullBlk(irqmode=2), *TASK, "--workers=per-queue")),
-    Test("exercise: brd", exercise(Brd, *TASK), long=True),
+    Test("exercise: brd", exercise(Brd, *TASK)),
     Test("discards and zeroes: null_blk irqmode=2",
          exercise(lambda: NullBlk(irqmode=2, discard=1), *TASK, *RANGES)),
     Test("discards and zeroes: scsi_debug, small pieces",
          exercise(lambda: ScsiDebug("lbpu=1", "unmap_max_blocks=64",
                                     "lbpws=1", "write_same_length=32"), *TASK, *RANGES)),
-    Test("exercise: loop", exercise(Loop, *TASK), long=True),
+    Test("exercise: loop, kthread workers", exercise(Loop, *KTHREAD)),
     Test("exercise: loop, 4096-byte blocks, kthread workers",
          exercise(lambda: Loop(block_size=4096), *KTHREAD), long=True),
     Test("exercise: loop, rings of 1024", exercise(Loop, *TASK, "--queue-size=1024"), long=True),
@@ -319,6 +351,13 @@ TESTS = [
     Test("Stop and release with requests in flight, dm-delay of 10 ms", stop_in_flight()),
     Test("killed with requests in flight: nothing hangs or leaks", killed("--worker-mode=task")),
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread"), long=True),
+    Test("kicks", kicks()),
+    Test("wake-ups of the worker at depth 1", wakeups),
+    Test("requests, starts and stops, on a disk that completes in an interrupt",
+         later("--only=request.", "--only=life.")),
+    Test("rings, memory and eventfds moved, on a disk that completes in an interrupt", placement()),
+    Test("the dirty log switched on and off, on a disk that completes in an interrupt", dirty_log,
+         long=True),
     Test("requests, starts and stops, with workers that poll", polled, long=True),
     Test("exercise: null_blk irqmode=2, a worker that polls",
          exercise(lambda: NullBlk(irqmode=2), *TASK, POLL)),
@@ -331,25 +370,30 @@ TESTS = [
     ktap.test(stays_pinned, long=True),
     Test("killed with requests in flight, and memory that stays pinned",
          killed(PIN, make=lambda: NullBlk(irqmode=2, nsec=100000))),
-    Test("the module is loaded again, to complete requests without a worker",
-         lambda: load(*DIRECT), prints=2),
-    Test("the same requests, completed in an interrupt", later),
-    Test("rings, memory and eventfds moved, completed without a worker",
-         placement(parameters=DIRECT)),
-    Test("the dirty log switched on and off, completed without a worker", dirty_log, long=True),
-    Test("exercise: null_blk irqmode=1, completed in a softirq without a worker",
-         exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=DIRECT), long=True),
-    Test("exercise: null_blk irqmode=2, completed in an interrupt",
-         exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=DIRECT)),
-    Test("exercise: loop, completed without a worker", exercise(Loop, *KTHREAD, parameters=DIRECT)),
-    Test("stop and restart through a device IOTLB, which the worker completes then, too",
-         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB, "--only=stop", "--only=read",
-                  parameters=DIRECT)),
-    Test("exercise: null_blk irqmode=2, completed in an interrupt to memory that stays pinned",
-         exercise(lambda: NullBlk(irqmode=2), *TASK, PIN, parameters=DIRECT), long=True),
-    Test("Stop and release with requests in flight, without a worker", stop_in_flight(*DIRECT), long=True),
-    Test("exercise: null_blk irqmode=2, completed in an interrupt unless the worker polls",
-         exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=DIRECT), long=True),
+    Test("stop and restart through a device IOTLB, for which the worker is needed",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, *IOTLB, "--only=stop", "--only=read")),
+    Test("the module is loaded again, to have the worker do it all", lambda: load(*WORKER), prints=2),
+    Test("kicks, handled by the worker", kicks(*WORKER)),
+    Test("requests, all by the worker", later("--only=request.", parameters=WORKER)),
+    Test("rings, memory and eventfds moved, all by the worker", placement(parameters=WORKER),
+         long=True),
+    Test("exercise: null_blk irqmode=1, all by the worker",
+         exercise(lambda: NullBlk(irqmode=1, queues=1), *TASK, parameters=WORKER), long=True),
+    Test("exercise: null_blk irqmode=2, all by the worker",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, parameters=WORKER)),
+    Test("exercise: brd, all by the worker", exercise(Brd, *TASK, parameters=WORKER), long=True),
+    Test("exercise: loop, all by kthread workers", exercise(Loop, *KTHREAD, parameters=WORKER),
+         long=True),
+    Test("exercise: null_blk irqmode=2, memory that stays pinned, all by the worker",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, PIN, parameters=WORKER), long=True),
+    Test("Stop and release with requests in flight, all by the worker",
+         stop_in_flight(*WORKER), long=True),
+    Test("exercise: null_blk irqmode=2, all by a worker that polls",
+         exercise(lambda: NullBlk(irqmode=2), *TASK, POLL, parameters=WORKER), long=True),
+    Test("exercise: brd, submitted where kicks are made, completed by the worker",
+         exercise(Brd, *TASK, parameters=DIRECT_SUBMISSION), long=True),
+    Test("exercise: scsi_debug, submitted by the worker, completed where the disk does",
+         exercise(ScsiDebug, *TASK, parameters=DIRECT_COMPLETION), long=True),
     Test("no page is left pinned, and the module can go", test_pins, prints=1),
     test_dmesg,
 ]
