@@ -21,7 +21,14 @@ DISK_TIME = {"null_blk-10us": 10, "null_blk-100us": 100}
 FRONT_END = "front-end"
 # The guest's memory stays pinned.
 PINNED = "vhost-blk/pin-memory"
-EXACT_PATHS = ["vhost-blk", PINNED, "vhost-user-blk/nopoll", "host/io_uring"]
+# The module with other parameters than it has by default, each by the path's name: fast paths off, or on.
+WORKER = "vhost-blk/worker"
+PARAMETERS = {
+    WORKER: ["direct_submission=0", "direct_completion=0"],
+    "vhost-blk/direct-submission": ["direct_completion=0"],
+    "vhost-blk/direct-completion": ["direct_submission=0"],
+}
+EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", "host/io_uring"]
 # At this depth the front end's kicks and calls are spread over so many
 # requests that they do not count.
 FRONT_END_ALONE = 256
@@ -130,6 +137,13 @@ def stages():
                               ["randread"], [4 * KIB], [1])]
 
 
+def switches():
+    """The module's fast paths, on and off."""
+    return [cell for disk in NULL_BLK
+            for cell in cross(TOOL, disk, ["vhost-blk", *PARAMETERS], ["randread"], [4 * KIB],
+                              [1, 4, 32])]
+
+
 def quick():
     """The cells that the goals name."""
     cells, rand = [], ["randread", "randwrite"]
@@ -185,10 +199,10 @@ def full():
                    disks=3)
     for disk in ("null_blk-100us", "brd"):
         cells += cross(GUEST, disk, GUEST_PATHS, rand, [4 * KIB], [1, 32], queues=2, vcpus=2)
-    return cells + stages()
+    return cells + [cell for cell in switches() if cell not in cells] + stages()
 
 
-SETS = {"exact": exact, "quick": quick, "full": full}
+SETS = {"exact": exact, "switches": switches, "quick": quick, "full": full}
 
 
 def chosen(name, words):

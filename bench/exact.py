@@ -21,12 +21,13 @@ import tempfile
 import time
 
 import report
-from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PINNED, chosen, exact
+from cells import (FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, WORKER, chosen,
+                   exact)
 from spread import Spread, number
 
 SERVED = "vhost-user-blk/nopoll"
 # The tool's own names of them.
-PATHS = {"vhost-blk": "vhost-blk", PINNED: "vhost-blk", SERVED: "vhost-user-blk",
+PATHS = {"vhost-blk": "vhost-blk", PINNED: "vhost-blk", WORKER: "vhost-blk", SERVED: "vhost-user-blk",
          "host/io_uring": "io_uring", FRONT_END: "front-end"}
 # The first round finds caches cold and what booting has left to do; it does
 # not count.
@@ -59,7 +60,7 @@ def command(cell):
 
 def make_plan(cells):
     """The script that the bare host runs."""
-    lines = ["sleep 3"]
+    lines, loaded = ["sleep 3"], []
     for disk in dict.fromkeys(cell.disk for cell in cells):
         of_disk = [cell for cell in cells if cell.disk == disk]
         served = any(cell.path == SERVED for cell in of_disk)
@@ -68,6 +69,10 @@ def make_plan(cells):
         if served:
             lines.append("server")
         for cell in of_disk:
+            parameters = PARAMETERS.get(cell.path, [])
+            if parameters != loaded:
+                loaded = parameters
+                lines += [f"module {' '.join(loaded)}", "sleep 1"]
             lines += [f"cell {cell.name} {number} /bench/{command(cell)}"
                       for number in range(ROUNDS)]
         if served:

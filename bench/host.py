@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from cells import FIO, GUEST, STAGES, TOOL, chosen
+from cells import FIO, GUEST, PARAMETERS, STAGES, TOOL, chosen
 from paths import GuestPath, Server, make_disk, sh  # also makes tests/host known
 import measure
 import stages
@@ -176,6 +176,8 @@ class Measurer:
         self.options, self.kept, self.progress = options, kept, progress
         self.notes = []
         self.given_up = set()
+        # Those of the module, if it is loaded.
+        self.parameters = None
         # An emulated host does little in a second, but starts programs slowly.
         emulated = not native_kvm()
         self.tool_seconds = 0.4 if emulated else 1.0
@@ -230,6 +232,17 @@ class Measurer:
         say(f"{group}: {', '.join(words)}; {self.progress}")
 
     # The tool
+
+    def load(self, path):
+        """Load the module with the parameters of a path."""
+        parameters = PARAMETERS.get(path, [])
+        if parameters == self.parameters:
+            return
+        if self.parameters is not None:
+            sh("rmmod", "vhost_blk")
+        self.parameters = None
+        sh("insmod", self.options.module, *parameters)
+        self.parameters = parameters
 
     def tool_command(self, cell, disk, server):
         """The tool's command line for a cell."""
@@ -289,6 +302,8 @@ class Measurer:
                 def one(cell):
                     if cell.frontend == FIO:
                         return self.fio_round(cell, disk.path)
+                    if cell.path.startswith("vhost-blk"):
+                        self.load(cell.path)
                     how = self.stages_round if cell.frontend == STAGES else self.tool_round
                     return how(cell, disk.path, servers.get(cell.path))
 
@@ -354,6 +369,7 @@ class Measurer:
 
     def guest(self, cells):
         """Cells of a guest that has a disk, or several, for each path."""
+        self.load("vhost-blk")
         sample = cells[0]
         name = f"bench-{sample.disk}-q{sample.queues}-v{sample.vcpus}-x{sample.disks}"
         names = list(dict.fromkeys(cell.path for cell in cells))
@@ -462,10 +478,9 @@ def main():
     if not missing:
         return 0
 
+    if os.path.isdir("/sys/module/vhost_blk"):
+        sys.exit("error: the module is loaded, and is to be measured with several parameters: rmmod vhost_blk")
     sh("modprobe", "vhost")
-    loaded = os.path.isdir("/sys/module/vhost_blk")
-    if not loaded:
-        sh("insmod", options.module)
     # In the host's memory, not on a filesystem that another program serves.
     sh("cp", options.tool, f"{options.work}/vhost-blk")
     options.tool = f"{options.work}/vhost-blk"
@@ -491,7 +506,7 @@ def main():
             # Under nested emulation guests reset themselves now and then, for no
             # known reason: as long as something is measured, it goes on.
             tries = 0 if sum(progress.left.values()) < left else tries + 1
-    if not loaded:
+    if measurer.parameters is not None:
         sh("rmmod", "vhost_blk")
     lost = [cell for cell in cells if kept.count(cell) < wanted(cell, options.rounds)]
     say(f"measured; {len(lost)} of {len(cells)} cells are incomplete" if lost else "measured")

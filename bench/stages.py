@@ -53,10 +53,10 @@ def parse(text):
     return [Event(match) for line in text.splitlines() if (match := LINE.match(line))]
 
 
-def stages_of(path):
+def stages_of(path, direct):
     """For a path: the event that begins a request, and (stage, the event that
     ends it, whether each request has it). Each takes an event, the front end's
-    thread and the server's."""
+    thread and the server's. direct: they are the same."""
     def named(*names):
         return lambda event, front, server: event.name in names
 
@@ -83,6 +83,10 @@ def stages_of(path):
         return (by_front("sys_enter_io_uring_enter"), device
                 + [("complete", wakes_front, False)] + back
                 + [("return", by_front("sys_exit_io_uring_enter"), True)])
+    if direct:
+        return (by_front("sys_enter_write"), device
+                + [("signal", wakes_front, False)] + back
+                + [("return", by_front("sys_exit_read"), True)])
     return (by_front("sys_enter_write"),
             [("kick", wakes_server, False), ("server's wake-up", runs_server, False),
              ("fetch", named("vb_fetch"), False)] + device
@@ -94,14 +98,15 @@ class Trace:
     """The requests of one trace."""
 
     def __init__(self, text, path):
-        self.path = path
         self.events = parse(text)
         self.front = next((event.pid for event in self.events
                            if event.comm.startswith("bench-")), None)
         # The server is who most often submits to the disk.
         submitters = [event.pid for event in self.events if event.name == "block_bio_queue"]
         self.server = statistics.mode(submitters) if submitters else None
-        begins = stages_of(path)[0]
+        # The front end itself submits for a path that is served, too.
+        self.direct = path != "host/io_uring" and self.server == self.front
+        begins, self.wanted = stages_of(path, self.direct)
         starts = [number for number, event in enumerate(self.events)
                   if begins(event, self.front, self.server)]
         # The first ones find everything cold.
@@ -112,7 +117,7 @@ class Trace:
         requests = []
         for first, last in zip(self.starts, self.starts[1:]):
             request, now, place = {}, self.events[first].time, first + 1
-            for stage, ends_it, needed in stages_of(self.path)[1]:
+            for stage, ends_it, needed in self.wanted:
                 found = next((number for number in range(place, last)
                               if ends_it(self.events[number], self.front, self.server)), None)
                 if found is None:
@@ -126,7 +131,10 @@ class Trace:
         return requests
 
     def per_request(self, name, pid):
-        """How often an event with that thread happens for each request."""
+        """How often an event with the server's thread happens for each request; 0
+        if it is the front end itself that serves."""
+        if self.direct:
+            return 0.0
         within = self.events[self.starts[0]:self.starts[-1]]
         return sum(event.name == name and pid(event) == self.server
                    for event in within) / (len(self.starts) - 1)
@@ -139,10 +147,10 @@ def middle(values):
     return statistics.mean(values[quarter:len(values) - quarter])
 
 
-def summarize(requests, path):
-    """Microseconds of each stage, in their order."""
+def summarize(requests, stages):
+    """Microseconds of each of the stages, in their order."""
     result = {}
-    for stage, _, _ in stages_of(path)[1]:
+    for stage in stages:
         values = [request.get(stage, 0.0) for request in requests]
         if any(values):
             result[stage] = round(middle(values), 2)
@@ -194,7 +202,7 @@ def measure(path, command, keep):
     requests = found.stages()
     if len(requests) < 20:
         raise RuntimeError(f"the trace shows only {len(requests)} complete requests: {keep}")
-    return {"stages_us": summarize(requests, path),
+    return {"stages_us": summarize(requests, [stage for stage, _, _ in found.wanted]),
             "syscalls_per_req": found.per_request("sys_enter", lambda event: event.pid),
             "wakeups_per_req": found.per_request("sched_waking",
                                                  lambda event: event.field("pid"))}
