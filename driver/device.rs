@@ -141,8 +141,7 @@ impl chardev::File for Device {
         let count = compat::parameter(crate::module_parameters::max_virtqueues.value());
         let count = count.clamp(1, MAX_VIRTQUEUES);
         let direct_submission =
-            compat::parameter(crate::module_parameters::direct_submission.value());
-        let direct_submission = direct_submission != 0;
+            compat::parameter(crate::module_parameters::direct_submission.value()) != 0;
 
         let of_queues = settings.clone();
         let queues = (0..count).map(move |_| Ok(Queue::new(of_queues.clone())));

@@ -141,6 +141,9 @@ impl Operations for Queue {
 fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     poll::woken(guard);
     let batch = run(guard, turn);
+    if !guard.takes_direct_kicks() {
+        return;
+    }
     let choice = &mut guard.data_mut().choice;
     let next = if batch.refused {
         choice.refused()

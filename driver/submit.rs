@@ -87,9 +87,9 @@ pub(super) enum End {
     Empty,
     /// It is time to look at completions.
     Turn,
-    /// The worker has done enough for this virtqueue, and is let come back.
+    /// Enough was done for this virtqueue: the worker comes, or is let come back.
     Weight,
-    /// The next request, or those after as many as this task does, are for the worker.
+    /// The next request is for the worker.
     ForWorker,
     /// There is no memory for the next request until another completes.
     NoMemory,
@@ -106,7 +106,7 @@ pub(super) fn batch(
     plug: &Plug,
 ) -> End {
     if ring.guard().must_not_wait() && batch.requests >= DIRECT_WEIGHT {
-        return End::ForWorker;
+        return End::Weight;
     }
     for number in 0..TURN {
         // The core is asked when there is something to do about it.

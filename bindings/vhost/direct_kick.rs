@@ -91,6 +91,12 @@ impl<T: Operations> DirectKick<T> {
         self.attached.store(true, ordering::Relaxed);
     }
 
+    /// Whether there is a virtqueue, or was a moment ago.
+    #[inline]
+    pub(super) fn is_attached(&self) -> bool {
+        self.attached.load(ordering::Relaxed)
+    }
+
     /// Says whether kicks are to be handled so, from now on.
     #[inline]
     pub(super) fn set_wanted(&self, wanted: bool) {
@@ -114,7 +120,7 @@ impl<T: Operations> DirectKick<T> {
     /// Context: any.
     #[inline]
     pub(super) fn queue(self: &Arc<Self>, mm: *const raw::mm_struct) -> bool {
-        let wanted = self.attached.load(ordering::Relaxed) && self.wanted.load(ordering::Relaxed);
+        let wanted = self.is_attached() && self.wanted.load(ordering::Relaxed);
         // SAFETY: It only compares `mm`, and looks at the current task.
         if !wanted || !unsafe { raw::rust_helper_in_task_of(mm) } {
             return false;

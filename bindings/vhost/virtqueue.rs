@@ -500,6 +500,7 @@ impl<T: Operations> Virtqueue<T> {
     }
 
     /// What handles kicks where they are made, if anything does.
+    #[inline]
     pub(super) fn handler_of_direct_kicks(&self) -> Option<&DirectKick<T>> {
         self.direct_kick.as_deref()
     }
@@ -748,7 +749,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// else has to be asked for: there are no zones, and no device IOTLB.
     fn attach_direct_kick(&self) {
         let fits = |backend: &Backend| backend.takes_nowait() && !backend.is_zoned();
-        let Some(direct_kick) = &self.vq.direct_kick else {
+        let Some(direct_kick) = self.vq.handler_of_direct_kicks() else {
             return;
         };
         if !self.has_iotlb() && self.backend().is_some_and(fits) {
@@ -962,10 +963,17 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         self.vq.queue_kick();
     }
 
+    /// Whether kicks may be handled where they are made: see [`VirtqueueGuard::set_direct_kick`].
+    #[inline]
+    pub(crate) fn takes_direct_kicks(&self) -> bool {
+        let direct_kick = self.vq.handler_of_direct_kicks();
+        direct_kick.is_some_and(DirectKick::is_attached)
+    }
+
     /// Says whether the next kick is to be handled where it is made, if it can be and no request is in flight.
     #[inline]
     pub(crate) fn set_direct_kick(&self, wanted: bool) {
-        if let Some(direct_kick) = &self.vq.direct_kick {
+        if let Some(direct_kick) = self.vq.handler_of_direct_kicks() {
             direct_kick.set_wanted(wanted);
         }
     }
