@@ -71,6 +71,14 @@ pub(crate) fn skip<T>(reason: impl Into<String>) -> Result<T> {
     Err(Skip(reason.into()).into())
 }
 
+/// The path that an argument gives. Without it, the test is skipped.
+fn given<'a>(path: &'a Option<PathBuf>, argument: &str) -> Result<&'a Path> {
+    match path {
+        Some(path) => Ok(path),
+        None => skip(format!("needs {argument}")),
+    }
+}
+
 /// What only some tests need.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Others {
@@ -195,10 +203,7 @@ impl Context {
 
     /// Path of the slow disk. Without one, the test is skipped.
     pub(crate) fn slow_disk_path(&self) -> Result<&Path> {
-        match &self.others.slow_disk {
-            Some(path) => Ok(path),
-            None => skip("needs --slow-disk"),
-        }
+        given(&self.others.slow_disk, "--slow-disk")
     }
 
     /// The slow disk, for a backend.
@@ -208,10 +213,7 @@ impl Context {
 
     /// Path of the disk that takes one request at a time. Without one, the test is skipped.
     pub(crate) fn narrow_disk_path(&self) -> Result<&Path> {
-        match &self.others.narrow_disk {
-            Some(path) => Ok(path),
-            None => skip("needs --narrow-disk"),
-        }
+        given(&self.others.narrow_disk, "--narrow-disk")
     }
 
     /// The disk that takes one request at a time, for a backend.
@@ -221,18 +223,12 @@ impl Context {
 
     /// The disk that fails in its second half, for a backend. Without one, the test is skipped.
     pub(crate) fn bad_disk(&self) -> Result<File> {
-        match &self.others.bad_disk {
-            Some(path) => disk::open(path, true, true),
-            None => skip("needs --bad-disk"),
-        }
+        disk::open(given(&self.others.bad_disk, "--bad-disk")?, true, true)
     }
 
     /// Path of the zoned disk. Without one, the test is skipped.
     pub(crate) fn zoned_disk_path(&self) -> Result<&Path> {
-        match &self.others.zoned_disk {
-            Some(path) => Ok(path),
-            None => skip("needs --zoned-disk"),
-        }
+        given(&self.others.zoned_disk, "--zoned-disk")
     }
 
     /// The zoned disk, for a backend.
@@ -242,10 +238,7 @@ impl Context {
 
     /// A folder on a filesystem that has a disk. Without one, the test is skipped.
     pub(crate) fn folder(&self) -> Result<&Path> {
-        match &self.others.folder {
-            Some(path) => Ok(path),
-            None => skip("needs --folder"),
-        }
+        given(&self.others.folder, "--folder")
     }
 
     /// What happens to a disk. Without one, the test is skipped.
@@ -286,20 +279,17 @@ impl Context {
             .arg(&self.disk)
             .arg("--yes-destroy-data")
             .stdin(Stdio::null());
-        if let Some(slow_disk) = &self.others.slow_disk {
-            command.arg("--slow-disk").arg(slow_disk);
-        }
-        if let Some(narrow_disk) = &self.others.narrow_disk {
-            command.arg("--narrow-disk").arg(narrow_disk);
-        }
-        if let Some(bad_disk) = &self.others.bad_disk {
-            command.arg("--bad-disk").arg(bad_disk);
-        }
-        if let Some(zoned_disk) = &self.others.zoned_disk {
-            command.arg("--zoned-disk").arg(zoned_disk);
-        }
-        if let Some(folder) = &self.others.folder {
-            command.arg("--folder").arg(folder);
+        let others = &self.others;
+        for (argument, path) in [
+            ("--slow-disk", &others.slow_disk),
+            ("--narrow-disk", &others.narrow_disk),
+            ("--bad-disk", &others.bad_disk),
+            ("--zoned-disk", &others.zoned_disk),
+            ("--folder", &others.folder),
+        ] {
+            if let Some(path) = path {
+                command.arg(argument).arg(path);
+            }
         }
         if let Some(event) = &self.event {
             command.arg("--event-disk").arg(&event.disk);

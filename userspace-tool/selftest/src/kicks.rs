@@ -12,9 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use vhost_blk_ring::{
-    Guest, Memory, Options, Request, Shape, Status, event_descriptor, write_and_close,
-};
+use vhost_blk_ring::{Guest, Memory, Request, Shape, Status, event_descriptor, write_and_close};
 
 use crate::check::{self, UsedLen};
 use crate::context::{Context, PATIENCE, Test, test};
@@ -152,7 +150,7 @@ fn many_threads(context: &Context) -> Result<()> {
     const THREADS: usize = 4;
     const STARTS: usize = 5;
     const REQUESTS: u64 = 100;
-    let mut guest = context.guest(|options: &mut Options| options.queue_size = 64)?;
+    let mut guest = context.guest(|options| options.queue_size = 64)?;
     guest.start(context.disk()?)?;
     let events = (0..THREADS).map(|_| guest.queue(0).ring.kick_event().try_clone());
     let events = events.collect::<std::io::Result<Vec<_>>>()?;
