@@ -100,6 +100,11 @@ class Cell:
         return f"{self.group}/{self.path}"
 
     @property
+    def tool_path(self):
+        """What the tool calls the path."""
+        return "io_uring" if self.path == "host/io_uring" else self.path.split("/")[0]
+
+    @property
     def writes(self):
         """Whether anything is written."""
         return self.rw not in ("read", "randread")

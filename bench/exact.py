@@ -21,14 +21,10 @@ import tempfile
 import time
 
 import report
-from cells import (FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, WORKER, chosen,
-                   exact)
+from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, chosen, exact
 from spread import Spread, number
 
 SERVED = "vhost-user-blk/nopoll"
-# The tool's own names of them.
-PATHS = {"vhost-blk": "vhost-blk", PINNED: "vhost-blk", WORKER: "vhost-blk", SERVED: "vhost-user-blk",
-         "host/io_uring": "io_uring", FRONT_END: "front-end"}
 # The first round finds caches cold and what booting has left to do; it does
 # not count.
 ROUNDS = 3
@@ -46,7 +42,7 @@ def say(text):
 
 def command(cell):
     """The tool's command line for a cell; $disk is the disk there."""
-    words = ["vhost-blk", "bench", "--path", PATHS[cell.path], "--rw", cell.rw, "--bs",
+    words = ["vhost-blk", "bench", "--path", cell.tool_path, "--rw", cell.rw, "--bs",
              str(cell.bs), "--iodepth", str(cell.iodepth), "--count", str(COUNT), "--warmup",
              str(WARMUP), "--no-latency", "--seed", "1", "--json"]
     if cell.path != FRONT_END:
@@ -70,7 +66,7 @@ def make_plan(cells):
             lines.append("server")
         for cell in of_disk:
             parameters = PARAMETERS.get(cell.path, [])
-            if parameters != loaded:
+            if cell.tool_path == "vhost-blk" and parameters != loaded:
                 loaded = parameters
                 lines += [f"module {' '.join(loaded)}", "sleep 1"]
             lines += [f"cell {cell.name} {number} /bench/{command(cell)}"

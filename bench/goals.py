@@ -148,8 +148,8 @@ def guest(cells):
                      "host_busy_us_per_req", False)
         if other and own["host_busy_us_per_req"]:
             busy.append((name, own["host_busy_us_per_req"] / other))
-    yield worst("guest: CPU of who serves, a vCPU that does it itself apart, to the best iothread's: at "
-                "most 0.25", cpu, 0.25, False)
+    yield worst("guest: CPU of who serves, a vCPU that does it itself apart, to the best "
+                "iothread's: at most 0.25", cpu, 0.25, False)
     yield worst("guest: CPU of the host outside of the guest, to the best other path's: below 1.0",
                 busy, 1.0, False)
 

@@ -246,9 +246,8 @@ class Measurer:
 
     def tool_command(self, cell, disk, server):
         """The tool's command line for a cell."""
-        path = {"host/io_uring": "io_uring"}.get(cell.path, cell.path.split("/")[0])
-        words = [self.options.tool, "bench", "--path", path, "--disk", disk, "--rw", cell.rw,
-                 "--bs", str(cell.bs), "--iodepth", str(cell.iodepth), "--queues",
+        words = [self.options.tool, "bench", "--path", cell.tool_path, "--disk", disk, "--rw",
+                 cell.rw, "--bs", str(cell.bs), "--iodepth", str(cell.iodepth), "--queues",
                  str(cell.queues), "--warmup", "300", "--json"]
         words += (["--count", "400"] if cell.frontend == STAGES
                   else ["--runtime", str(self.tool_seconds)])
@@ -302,7 +301,7 @@ class Measurer:
                 def one(cell):
                     if cell.frontend == FIO:
                         return self.fio_round(cell, disk.path)
-                    if cell.path.startswith("vhost-blk"):
+                    if cell.tool_path == "vhost-blk":
                         self.load(cell.path)
                     how = self.stages_round if cell.frontend == STAGES else self.tool_round
                     return how(cell, disk.path, servers.get(cell.path))
@@ -479,7 +478,8 @@ def main():
         return 0
 
     if os.path.isdir("/sys/module/vhost_blk"):
-        sys.exit("error: the module is loaded, and is to be measured with several parameters: rmmod vhost_blk")
+        sys.exit("error: the module is loaded, and is to be measured with several parameters: "
+                 "rmmod vhost_blk")
     sh("modprobe", "vhost")
     # In the host's memory, not on a filesystem that another program serves.
     sh("cp", options.tool, f"{options.work}/vhost-blk")
