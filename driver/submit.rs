@@ -122,9 +122,10 @@ pub(super) fn batch(
             Err(FetchError::Broken) => return End::Broken,
         };
         let guard = chain.guard();
-        let alone = number == 0 && !guard.has_more();
+        let more = guard.waiting();
+        let alone = number == 0 && more == 0;
         if !alone || guard.backend().is_some_and(Backend::has_scheduler) {
-            plug.start();
+            plug.start((1 + more).min(TURN - number));
         }
         match submit(chain) {
             Outcome::Submitted(bytes) => {

@@ -1061,11 +1061,15 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         unsafe { raw::vhost_vq_avail_empty((*raw).dev, raw) }
     }
 
-    /// Whether more chains were in the ring when it was last looked at.
+    /// How many more chains were in the ring when it was last looked at.
     #[inline]
-    pub(crate) fn has_more(&self) -> bool {
+    pub(crate) fn waiting(&self) -> usize {
         // SAFETY: The mutex is held.
-        unsafe { (*self.vq.as_raw()).last_avail_idx != (*self.vq.as_raw()).avail_idx }
+        let (last, next) = unsafe {
+            let raw = self.vq.as_raw();
+            ((*raw).last_avail_idx, (*raw).avail_idx)
+        };
+        usize::from(next.wrapping_sub(last))
     }
 
     /// Whether [`VirtqueueGuard::next_completed`] has something to take.
