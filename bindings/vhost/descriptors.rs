@@ -104,7 +104,8 @@ pub(crate) struct Counts {
 
 impl Counts {
     /// Adds what a descriptor says, which is no indirect table.
-    #[inline]
+    // It has two callers, and is called for each descriptor of each request.
+    #[inline(always)]
     fn add(&mut self, memory: &mut impl Memory, descriptor: Descriptor) -> Option<()> {
         let Descriptor { address, len, .. } = descriptor;
         if descriptor.has(INDIRECT) {
