@@ -28,12 +28,15 @@ PARAMETERS = {
     "vhost-blk/direct-submission": ["direct_completion=0"],
     "vhost-blk/direct-completion": ["direct_submission=0"],
 }
-EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", "host/io_uring"]
+# io_uring with its buffers registered, which pins them; and without, so that it pins those of each request.
+URING = "host/io_uring"
+UNREGISTERED = "host/io_uring/unregistered"
+EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", URING, UNREGISTERED]
 # At this depth the front end's kicks and calls are spread over so many
 # requests that they do not count.
 FRONT_END_ALONE = 256
-TOOL_PATHS_QUICK = ["vhost-blk", "vhost-user-blk", "host/io_uring"]
-TOOL_PATHS = ["vhost-blk", "vhost-user-blk", "vhost-user-blk/nopoll", "host/io_uring"]
+TOOL_PATHS_QUICK = ["vhost-blk", "vhost-user-blk", URING]
+TOOL_PATHS = ["vhost-blk", "vhost-user-blk", "vhost-user-blk/nopoll", URING]
 GUEST_PATHS_QUICK = [
     "vhost-blk",
     "virtio-blk/iothread/io_uring",
@@ -47,7 +50,7 @@ GUEST_PATHS_QUICK = [
 GUEST_PATHS = GUEST_PATHS_QUICK + ["virtio-blk/no-iothread/io_uring", "vhost-user-blk"]
 GUEST_PATHS_SEVERAL = ["vhost-blk", "virtio-blk/iothread/io_uring",
                        "virtio-blk/iothread/io_uring/nopoll", "vhost-scsi/iblock"]
-FIO_PATHS = ["host/io_uring", "host/libaio"]
+FIO_PATHS = [URING, "host/libaio"]
 
 
 def size_text(size):
@@ -102,7 +105,7 @@ class Cell:
     @property
     def tool_path(self):
         """What the tool calls the path."""
-        return "io_uring" if self.path == "host/io_uring" else self.path.split("/")[0]
+        return "io_uring" if self.path.startswith(URING) else self.path.split("/")[0]
 
     @property
     def writes(self):
@@ -138,7 +141,7 @@ def exact():
 def stages():
     """The cells whose requests are traced."""
     return [cell for disk in ("null_blk-softirq", "null_blk-100us")
-            for cell in cross(STAGES, disk, ["vhost-blk", "vhost-user-blk/nopoll", "host/io_uring"],
+            for cell in cross(STAGES, disk, ["vhost-blk", "vhost-user-blk/nopoll", URING],
                               ["randread"], [4 * KIB], [1])]
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 
 import report
-from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, chosen, exact
+from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, UNREGISTERED, chosen, exact
 from spread import Spread, number
 
 SERVED = "vhost-user-blk/nopoll"
@@ -51,6 +51,8 @@ def command(cell):
         words += ["--socket", "$socket"]
     if cell.path == PINNED:
         words += ["--pin-memory"]
+    if cell.path == UNREGISTERED:
+        words += ["--unregistered"]
     return " ".join(words)
 
 
@@ -218,7 +220,7 @@ def summarize(cells, results):
         entry = report.entry(cell, [{"host_insns_per_req": value} for value in values],
                              command(cell))
         # io_uring has no kicks and no calls: they are its own system calls.
-        front = own.get(FRONT_END_ALONE if cell.path == "host/io_uring" else cell.iodepth)
+        front = own.get(FRONT_END_ALONE if cell.tool_path == "io_uring" else cell.iodepth)
         if front is not None and cell.path != FRONT_END:
             entry["host_insns_less_front_end"] = round(entry["host_insns_per_req"] - front, 1)
         summary.append(entry)

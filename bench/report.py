@@ -14,7 +14,7 @@ from html import escape
 
 import goals
 import svg
-from cells import DISK_TIME, FIO, FRONT_END, GUEST, TOOL, Cell
+from cells import DISK_TIME, FIO, FRONT_END, GUEST, TOOL, UNREGISTERED, URING, Cell
 from spread import NO_DIFFERENCE, Spread, group_of, number, times
 
 # What a round can have measured beside the IOPS, and what it is called.
@@ -85,7 +85,7 @@ def plain(header, rows):
 # Exact counts
 
 EXACT_HEADER = ["path", "disk", "depth", "instructions/request", "differ by", "less front end",
-                "to vhost-user-blk", "to io_uring", "change"]
+                "to vhost-user-blk", "to io_uring", "to unregistered", "change"]
 
 
 def exact_cells(document):
@@ -109,10 +109,10 @@ def exact_rows(document, before=None):
         count = Spread.of(cell, "host_insns_per_req")
         own = cell.get("host_insns_less_front_end")
         ratios = []
-        for path in ("vhost-user-blk", "host/io_uring"):
+        for path in ("vhost-user-blk", URING, UNREGISTERED):
             other = net(path, cell)
-            ratios.append(f"{own / other:.2f}x" if own and other and not
-                          cell["path"].startswith(path) else "-")
+            ratios.append(f"{own / other:.2f}x" if own and other and
+                          cell["path"].split("/nopoll")[0] != path else "-")
         change = "-"
         was = old.get(cell["name"], {}).get("host_insns_per_req")
         if was:

@@ -6,7 +6,9 @@
 use std::ffi::{c_int, c_uint, c_ulong};
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use vhost::vhost_kern::vhost_binding::{vhost_vring_addr, vhost_vring_file, vhost_vring_state};
@@ -192,61 +194,170 @@ pub(crate) fn set_blocking(event: &EventFd) -> io::Result<()> {
     result(unsafe { libc::fcntl(event.as_raw_fd(), libc::F_SETFL, 0) }).map(drop)
 }
 
-/// Registers the memory at `addr`, `len` bytes, as buffer 0 of `ring`.
-pub(crate) fn register_buffer(
-    ring: &IoUring,
-    memory: &GuestMemoryMmap,
-    addr: GuestAddress,
-    len: usize,
-) -> Result<()> {
-    let slice = memory
-        .get_slice(addr, len)
-        .map_err(Error::access(addr, len))?;
-    let buffer = libc::iovec {
-        iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-        iov_len: len,
-    };
-    // SAFETY: `slice` is mapped while `memory` is borrowed, and so during the
-    // call, in which the kernel pins its pages. From then on it accesses these
-    // pages and not the addresses: if the mapping goes before the ring, nothing
-    // else comes to be where the kernel writes. What is in them is accessed by
-    // vm-memory in its volatile way only; there are no Rust references to it.
-    unsafe { ring.submitter().register_buffers(&[buffer]) }
-        .map_err(Error::system("io_uring: cannot register the buffers"))
+/// An io_uring for requests that have their data in pieces of memory.
+pub(crate) struct DataRing {
+    ring: IoUring,
+    /// The pieces, by number: addresses of this process, each of `len` bytes that
+    /// `memory` has mapped.
+    pieces: Vec<u64>,
+    /// Bytes of each.
+    len: u32,
+    /// Whether all of the memory is registered buffer 0: then the kernel uses its
+    /// pages, and else the addresses.
+    registered: bool,
+    /// Where the pieces are.
+    memory: ManuallyDrop<Arc<GuestMemoryMmap>>,
+    /// Requests that were added and not submitted.
+    added: usize,
+    /// Requests that were submitted and not taken: those that the kernel may work on.
+    in_flight: usize,
 }
 
-/// Puts a request of `ring`'s file 0 into its submission queue, whose data is
-/// `len` bytes at `addr` of this process, in buffer 0. Returns whether there was
-/// room.
-pub(crate) fn push(
-    ring: &mut IoUring,
-    op: Op,
-    offset: u64,
-    addr: u64,
-    len: u32,
-    user_data: u64,
-) -> bool {
-    const FILE: types::Fixed = types::Fixed(0);
-    let pointer = std::ptr::without_provenance_mut::<u8>(
-        usize::try_from(addr).expect("an address fits usize"),
-    );
-    let entry = match op {
-        Op::In => opcode::ReadFixed::new(FILE, pointer, len, 0)
-            .offset(offset)
-            .build(),
-        Op::Out => opcode::WriteFixed::new(FILE, pointer, len, 0)
-            .offset(offset)
-            .build(),
-        Op::Flush => opcode::Fsync::new(FILE)
-            .flags(types::FsyncFlags::DATASYNC)
-            .build(),
-    };
-    // SAFETY: The entry points to no memory of this process but its data. The
-    // kernel takes that from the pages of registered buffer 0, and fails the
-    // request with EFAULT if the range is not in that buffer or there is none.
-    // `register_buffer` says why those pages may be accessed at any time; no
-    // other function registers buffers.
-    unsafe { ring.submission().push(&entry.user_data(user_data)) }.is_ok()
+impl DataRing {
+    /// Makes requests on `ring` for the pieces of memory, of `len` bytes each. With
+    /// `register`, all `register.1` bytes at `register.0` are registered before:
+    /// then each piece has to be in there.
+    pub(crate) fn new(
+        ring: IoUring,
+        memory: &Arc<GuestMemoryMmap>,
+        pieces: impl Iterator<Item = GuestAddress>,
+        len: u32,
+        register: Option<(GuestAddress, usize)>,
+    ) -> Result<Self> {
+        let address = |addr, len| {
+            let slice = memory
+                .get_slice(addr, len)
+                .map_err(Error::access(addr, len))?;
+            Ok(slice.ptr_guard_mut().as_ptr())
+        };
+        let pieces = pieces
+            .map(|addr| Ok(address(addr, len as usize)?.addr() as u64))
+            .collect::<Result<_>>()?;
+        if let Some((addr, len)) = register {
+            let buffer = libc::iovec {
+                iov_base: address(addr, len)?.cast(),
+                iov_len: len,
+            };
+            // SAFETY: The memory is mapped while `memory` is borrowed, and so during
+            // the call, in which the kernel pins its pages. From then on it accesses
+            // these pages and not the addresses: if the mapping goes before the ring,
+            // nothing else comes to be where the kernel writes. What is in them is
+            // accessed by vm-memory in its volatile way only; there are no Rust
+            // references to it.
+            unsafe { ring.submitter().register_buffers(&[buffer]) }
+                .map_err(Error::system("io_uring: cannot register the buffers"))?;
+        }
+        Ok(DataRing {
+            ring,
+            pieces,
+            len,
+            registered: register.is_some(),
+            memory: ManuallyDrop::new(Arc::clone(memory)),
+            added: 0,
+            in_flight: 0,
+        })
+    }
+
+    /// Whether the memory is registered.
+    #[cfg(test)]
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// Adds a request of file 0, for the data in a piece. Returns whether there was
+    /// room.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such piece.
+    #[inline]
+    pub(crate) fn push(&mut self, op: Op, offset: u64, piece: u16) -> bool {
+        const FILE: types::Fixed = types::Fixed(0);
+        let addr = self.pieces[usize::from(piece)];
+        let pointer = std::ptr::without_provenance_mut::<u8>(
+            usize::try_from(addr).expect("an address fits usize"),
+        );
+        let (len, registered) = (self.len, self.registered);
+        let entry = match op {
+            Op::In if registered => opcode::ReadFixed::new(FILE, pointer, len, 0)
+                .offset(offset)
+                .build(),
+            Op::In => opcode::Read::new(FILE, pointer, len).offset(offset).build(),
+            Op::Out if registered => opcode::WriteFixed::new(FILE, pointer, len, 0)
+                .offset(offset)
+                .build(),
+            Op::Out => opcode::Write::new(FILE, pointer, len)
+                .offset(offset)
+                .build(),
+            Op::Flush => opcode::Fsync::new(FILE)
+                .flags(types::FsyncFlags::DATASYNC)
+                .build(),
+        };
+        // SAFETY: The entry points to no memory of this process but its data, which
+        // is the whole of a piece. Of a registered buffer the kernel takes the pages:
+        // `new` says why they may be accessed at any time. Otherwise it takes the
+        // addresses, which stay mapped: `memory` is given up only when no request is
+        // in flight. What is there is accessed by vm-memory in its volatile way only.
+        let added = unsafe {
+            self.ring
+                .submission()
+                .push(&entry.user_data(piece.into()))
+                .is_ok()
+        };
+        self.added += usize::from(added);
+        added
+    }
+
+    /// Requests that were added and not yet submitted.
+    pub(crate) fn added(&self) -> usize {
+        self.added
+    }
+
+    /// Submits what was added, and waits until `want` requests are complete.
+    #[inline]
+    pub(crate) fn submit_and_wait(&mut self, want: usize) -> io::Result<()> {
+        let submitted = self.ring.submit_and_wait(want)?;
+        self.added -= submitted;
+        self.in_flight += submitted;
+        Ok(())
+    }
+
+    /// Takes the next completion that is there: the piece, and what the system call
+    /// would have returned.
+    #[inline]
+    pub(crate) fn take(&mut self) -> Option<(u16, i32)> {
+        let entry = self.ring.completion().next()?;
+        self.in_flight -= 1;
+        // It is what `push` gave.
+        let piece = u16::try_from(entry.user_data()).unwrap_or(u16::MAX);
+        Some((piece, entry.result()))
+    }
+}
+
+impl Drop for DataRing {
+    fn drop(&mut self) {
+        /// Of `<linux/io_uring.h>`.
+        const IORING_ENTER_GETEVENTS: u32 = 1 << 0;
+
+        if !self.registered {
+            while self.in_flight > 0 {
+                // SAFETY: No argument is passed, and nothing submitted: what was only added is not done.
+                let waited = unsafe {
+                    self.ring
+                        .submitter()
+                        .enter::<()>(0, 1, IORING_ENTER_GETEVENTS, None)
+                };
+                match waited {
+                    // The memory stays mapped for ever.
+                    Err(e) if e.kind() != io::ErrorKind::Interrupted => return,
+                    _ => while self.take().is_some() {},
+                }
+            }
+        }
+        // SAFETY: It is not used again. The ring is closed after this: the kernel has
+        // the pages of what it may still work on, or works on nothing.
+        unsafe { ManuallyDrop::drop(&mut self.memory) };
+    }
 }
 
 /// Another descriptor of an eventfd.

@@ -13,27 +13,27 @@ use crate::driver::{Op, Slots};
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// An io_uring for requests of one file, each with its data in one of the slots:
-/// both are registered.
+/// An io_uring for requests of one file, which is registered, each with its data in
+/// one of the slots.
 ///
 /// It belongs to the thread that made it: only that one may submit.
 pub struct Uring<'m> {
-    ring: IoUring,
+    ring: sys::DataRing,
     slots: &'m Slots,
-    /// By slot: what it does, and the address of its data in this process.
-    requests: Vec<(Op, u64)>,
-    added: usize,
+    /// By slot: what it does.
+    ops: Vec<Op>,
 }
 
 impl<'m> Uring<'m> {
     /// Makes one with room for all slots. Whoever waits for completions with
     /// [`submit_and_wait`](Self::submit_and_wait) has them delivered there
-    /// (`deferred`); whoever polls does not.
+    /// (`deferred`); whoever polls does not. The slots' data is registered
+    /// (`registered`), or the kernel pins it for each request.
     ///
     /// # Errors
     ///
     /// [`Error::System`]
-    pub fn new(file: &File, slots: &'m Slots, deferred: bool) -> Result<Self> {
+    pub fn new(file: &File, slots: &'m Slots, deferred: bool, registered: bool) -> Result<Self> {
         let mut builder = IoUring::builder();
         builder.setup_single_issuer();
         if deferred {
@@ -46,15 +46,17 @@ impl<'m> Uring<'m> {
             .register_files(&[file.as_raw_fd()])
             .map_err(Error::system("io_uring: cannot register the file"))?;
         let data = slots.data();
-        sys::register_buffer(&ring, data.memory().map(), data.addr(), data.len())?;
-        let requests = (0..slots.count())
-            .map(|slot| Ok((Op::In, data.memory().host_address(slots.data_addr(slot))?)))
-            .collect::<Result<_>>()?;
+        let ring = sys::DataRing::new(
+            ring,
+            data.memory().map(),
+            (0..slots.count()).map(|slot| slots.data_addr(slot)),
+            slots.data_len(),
+            registered.then(|| (data.addr(), data.len())),
+        )?;
         Ok(Uring {
             ring,
             slots,
-            requests,
-            added: 0,
+            ops: vec![Op::In; slots.count().into()],
         })
     }
 
@@ -70,11 +72,8 @@ impl<'m> Uring<'m> {
     /// If there is no such slot.
     #[inline]
     pub fn add(&mut self, slot: u16, op: Op, offset: u64) -> Result<()> {
-        let request = &mut self.requests[usize::from(slot)];
-        request.0 = op;
-        let len = self.slots.data_len();
-        if sys::push(&mut self.ring, op, offset, request.1, len, slot.into()) {
-            self.added += 1;
+        self.ops[usize::from(slot)] = op;
+        if self.ring.push(op, offset, slot) {
             Ok(())
         } else {
             Err(Error::RingFull { needed: 1, free: 0 })
@@ -83,7 +82,7 @@ impl<'m> Uring<'m> {
 
     /// Requests that were added and not yet submitted.
     pub fn added(&self) -> usize {
-        self.added
+        self.ring.added()
     }
 
     /// Submits what was added, and waits until `want` requests are complete: one
@@ -96,12 +95,8 @@ impl<'m> Uring<'m> {
     pub fn submit_and_wait(&mut self, want: usize) -> Result<()> {
         loop {
             match self.ring.submit_and_wait(want) {
-                Ok(submitted) => {
-                    self.added -= submitted;
-                    if self.added == 0 {
-                        return Ok(());
-                    }
-                }
+                Ok(()) if self.added() == 0 => return Ok(()),
+                Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(Error::system("io_uring_enter")(e)),
             }
@@ -116,19 +111,14 @@ impl<'m> Uring<'m> {
     /// [`Error::System`], for a request that failed or was cut short.
     #[inline]
     pub fn take(&mut self, done: &mut Vec<u16>) -> Result<()> {
-        for entry in self.ring.completion() {
-            // It is what `add` gave.
-            let slot = u16::try_from(entry.user_data()).unwrap_or(u16::MAX);
-            let op = self
-                .requests
-                .get(usize::from(slot))
-                .map(|request| request.0);
+        while let Some((slot, result)) = self.ring.take() {
+            let op = self.ops.get(usize::from(slot)).copied();
             let expected = match op {
                 Some(Op::In | Op::Out) => i64::from(self.slots.data_len()),
                 Some(Op::Flush) | None => 0,
             };
-            if i64::from(entry.result()) != expected {
-                return Err(failed(op, entry.result()));
+            if i64::from(result) != expected {
+                return Err(failed(op, result));
             }
             done.push(slot);
         }
@@ -156,9 +146,10 @@ mod tests {
     use super::*;
     use crate::Memory;
     use std::fs;
+    use std::io::{Read, Seek, SeekFrom};
 
     /// An io_uring on an empty file; none where the system allows none.
-    fn on_file(name: &str, test: impl Fn(&mut Uring<'_>, &Slots, &File)) {
+    fn on_file(name: &str, test: impl Fn(Uring<'_>, &Slots, &File)) {
         let path = std::env::temp_dir().join(format!("vhost-blk-{name}-{}", std::process::id()));
         let file = File::options()
             .read(true)
@@ -169,9 +160,10 @@ mod tests {
         fs::remove_file(&path).expect("it is there");
         let memory = Memory::new(1 << 20).expect("1 MiB");
         let slots = Slots::new(&memory, 4, 4096, true).expect("room");
-        for deferred in [false, true] {
-            match Uring::new(&file, &slots, deferred) {
-                Ok(mut ring) => test(&mut ring, &slots, &file),
+        for (deferred, registered) in [(false, true), (true, true), (false, false), (true, false)] {
+            file.set_len(0).expect("a file");
+            match Uring::new(&file, &slots, deferred, registered) {
+                Ok(ring) => test(ring, &slots, &file),
                 Err(e) if matches!(e.errno(), Some(libc::EPERM | libc::ENOSYS)) => {
                     eprintln!("not tested: {e}");
                 }
@@ -182,9 +174,9 @@ mod tests {
 
     #[test]
     fn bytes_come_from_the_slots() {
-        on_file("bytes", |ring, slots, file| {
+        on_file("bytes", |mut ring, slots, file| {
             let mut done = Vec::new();
-            let mut run = |ring: &mut Uring<'_>, op, offsets: [u64; 2]| {
+            let mut run = |op, offsets: [u64; 2]| {
                 for (slot, offset) in [1, 3].into_iter().zip(offsets) {
                     ring.add(slot, op, offset).expect("room");
                 }
@@ -196,10 +188,10 @@ mod tests {
             };
             slots.set_data(1, &[1; 4096]).expect("it fits");
             slots.set_data(3, &[3; 4096]).expect("it fits");
-            run(ring, Op::Out, [4096, 0]);
-            run(ring, Op::Flush, [0, 0]);
+            run(Op::Out, [4096, 0]);
+            run(Op::Flush, [0, 0]);
             assert_eq!(file.metadata().expect("a file").len(), 8192);
-            run(ring, Op::In, [0, 4096]);
+            run(Op::In, [0, 4096]);
             let data = slots.data();
             assert_eq!(data.read(4096, 4096).expect("in range"), [3; 4096]);
             assert_eq!(data.read(3 * 4096, 4096).expect("in range"), [1; 4096]);
@@ -207,8 +199,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_in_flight_is_done_before_its_memory_goes() {
+        on_file("dropped", |mut ring, slots, mut file| {
+            if ring.ring.is_registered() {
+                // Then the kernel has the pages.
+                return;
+            }
+            slots.set_data(0, &[7; 4096]).expect("it fits");
+            ring.add(0, Op::Out, 0).expect("room");
+            ring.submit_and_wait(0).expect("io_uring");
+            slots.set_data(1, &[8; 4096]).expect("it fits");
+            ring.add(1, Op::Out, 4096).expect("room");
+            drop(ring);
+            let mut written = Vec::new();
+            file.seek(SeekFrom::Start(0)).expect("a file");
+            file.read_to_end(&mut written).expect("a file");
+            assert_eq!(written, [7; 4096]);
+        });
+    }
+
+    #[test]
     fn short_reads_are_errors() {
-        on_file("short", |ring, _, file| {
+        on_file("short", |mut ring, _, file| {
             file.set_len(100).expect("a file");
             ring.add(0, Op::In, 0).expect("room");
             ring.submit_and_wait(1).expect("io_uring");

@@ -355,6 +355,9 @@ pub(crate) struct BenchArgs {
     /// Keep the guest's memory pinned, rather than what each request of vhost-blk needs
     #[arg(long)]
     pub(crate) pin_memory: bool,
+    /// Have io_uring pin the memory of each request, rather than register all of it
+    #[arg(long)]
+    pub(crate) unregistered: bool,
     /// Use only the first BYTES of the disk; k, M and G may follow [default: all of it]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) range: Option<u64>,
@@ -423,6 +426,10 @@ impl BenchArgs {
         ensure!(
             module || !self.pin_memory,
             "--pin-memory is for --path vhost-blk"
+        );
+        ensure!(
+            !rings || !self.unregistered,
+            "--unregistered is for --path io_uring"
         );
         ensure!(
             path == PathArg::FrontEnd || self.batch.is_none(),

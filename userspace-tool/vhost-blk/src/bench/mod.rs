@@ -325,7 +325,8 @@ fn queue(
         Source::File(file) => {
             let memory = Memory::new(Slots::memory_needed(args.iodepth, data_len(args)))?;
             let slots = slots_in(&memory)?;
-            let engine = UringEngine::new(Uring::new(file, &slots, !poll)?, poll);
+            let engine =
+                UringEngine::new(Uring::new(file, &slots, !poll, !args.unregistered)?, poll);
             serve(args, range, at, engine, shared, work, replies)
         }
     }
