@@ -30,7 +30,7 @@ PARAMETERS = {
 }
 # io_uring with its buffers registered, which pins them; and without, so that it pins those of each request.
 URING = "host/io_uring"
-UNREGISTERED = "host/io_uring/unregistered"
+UNREGISTERED = f"{URING}/unregistered"
 EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", URING, UNREGISTERED]
 # At this depth the front end's kicks and calls are spread over so many
 # requests that they do not count.

@@ -12,6 +12,7 @@ import re
 import statistics
 import subprocess
 
+from cells import URING
 from disks import sh, write
 
 TRACING = "/sys/kernel/tracing"
@@ -79,7 +80,7 @@ def stages_of(path, direct):
               ("block layer", named("block_rq_issue"), False),
               ("device", named("block_rq_complete"), True)]
     back = [("front end's wake-up", runs_front, False)]
-    if path == "host/io_uring":
+    if path == URING:
         return (by_front("sys_enter_io_uring_enter"), device
                 + [("complete", wakes_front, False)] + back
                 + [("return", by_front("sys_exit_io_uring_enter"), True)])
@@ -105,7 +106,7 @@ class Trace:
         submitters = [event.pid for event in self.events if event.name == "block_bio_queue"]
         self.server = statistics.mode(submitters) if submitters else None
         # The front end itself submits for a path that is served, too.
-        self.direct = path != "host/io_uring" and self.server == self.front
+        self.direct = path != URING and self.server == self.front
         begins, self.wanted = stages_of(path, self.direct)
         starts = [number for number, event in enumerate(self.events)
                   if begins(event, self.front, self.server)]
