@@ -50,6 +50,7 @@ void rust_helper_init_work(struct work_struct *work, work_func_t func);
 bool rust_helper_bio_dirty(struct bio *bio);
 bool rust_helper_page_dirty(struct page *page);
 bool rust_helper_get_user_u16(u16 *to, const u16 __user *from);
+bool rust_helper_get_user_pair(u64 *to, const u64 __user *from);
 bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs);
 bool rust_helper_put_user_u8(u8 value, u8 __user *to);
 bool rust_helper_put_user_u16(u16 value, u16 __user *to);

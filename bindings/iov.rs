@@ -231,9 +231,14 @@ pub(super) fn total(iovecs: &[IoVec]) -> usize {
 #[inline]
 pub(super) fn read_pairs(address: usize, out: &mut [[u64; 2]]) -> Option<()> {
     let from = core::ptr::without_provenance(address);
-    let to = out.as_mut_ptr().cast();
+    let (to, count) = (out.as_mut_ptr().cast(), out.len() as u32);
     // SAFETY: There is room for as many pairs. Any address may be given: what is not the owner's fails.
-    let read = unsafe { raw::rust_helper_get_user_pairs(to, from, out.len() as u32) };
+    let read = unsafe {
+        match count {
+            1 => raw::rust_helper_get_user_pair(to, from),
+            _ => raw::rust_helper_get_user_pairs(to, from, count),
+        }
+    };
     read.then_some(())
 }
 

@@ -228,29 +228,30 @@ impl Mapping {
         })
     }
 
-    /// The `T` at `at` bytes from the start, a multiple of its size; `None` if it is not in the stretch.
+    /// The `T` at `at` bytes from the start; `None` if it is not in the stretch, or not aligned.
     ///
     /// The guest may change it at any time, hence a pointer, for volatile accesses only. It is valid
     /// as long as the mapping.
     #[inline]
-    pub(super) fn pointer<T: Integer>(&self, at: usize) -> Option<*mut T> {
+    pub(super) fn pointer<T: Field>(&self, at: usize) -> Option<*mut T> {
         let end = at.checked_add(size_of::<T>())?;
         let offset = self.offset + at;
-        (end <= self.len && offset % size_of::<T>() == 0)
+        (end <= self.len && offset % align_of::<T>() == 0)
             .then(|| self.base.as_ptr().wrapping_add(offset).cast())
     }
 
     /// Reads the `T` at `at`: see [`Mapping::pointer`].
     #[inline]
-    pub(super) fn read<T: Integer>(&self, at: usize) -> Option<T> {
+    pub(super) fn read<T: Field>(&self, at: usize) -> Option<T> {
         let pointer = self.pointer(at)?;
-        // SAFETY: By the type invariant it is mapped, and aligned: the base is a page's start.
+        // SAFETY: By the type invariant it is mapped, and aligned: the base is a page's start. Whatever the guest
+        // left there is valid.
         Some(unsafe { core::ptr::read_volatile(pointer) })
     }
 
     /// Writes the `T` at `at`: see [`Mapping::pointer`]. Does nothing if it is not in the stretch.
     #[inline]
-    pub(super) fn write<T: Integer>(&self, at: usize, value: T) {
+    pub(super) fn write<T: Field>(&self, at: usize, value: T) {
         if let Some(pointer) = self.pointer(at) {
             // SAFETY: As in `read()`; the pages were pinned for writing.
             unsafe { core::ptr::write_volatile(pointer, value) };
@@ -266,9 +267,17 @@ impl Drop for Mapping {
 }
 
 /// What a guest's structures are made of.
-pub(super) trait Integer: Copy {}
-impl Integer for u16 {}
-impl Integer for u32 {}
+///
+/// # Safety
+///
+/// Any bytes are a valid value.
+pub(super) unsafe trait Field: Copy {}
+// SAFETY: It is an integer.
+unsafe impl Field for u16 {}
+// SAFETY: As above.
+unsafe impl Field for u32 {}
+// SAFETY: They are integers.
+unsafe impl Field for [u32; 2] {}
 
 /// A byte of the owner's memory, pinned.
 ///

@@ -12,7 +12,10 @@ use super::{
     zone, //
 };
 use crate::bindings::{
-    block::BioError,
+    block::{
+        BioError,
+        Ended, //
+    },
     vhost::{
         Request,
         VirtqueueGuard, //
@@ -68,34 +71,33 @@ fn done<'a>(
     guard: &mut VirtqueueGuard<'_, Queue>,
     mut request: Request<'a, Queue>,
 ) -> Option<Request<'a, Queue>> {
-    if request.would_block() {
+    let ended = request.ended();
+    if ended == Ended::WouldBlock {
         request.rewind(guard);
         return Some(request);
     }
+    let mut failed = ended == Ended::Failed;
     let mut error = None;
     while let Some(bio) = request.take_bio() {
-        if request.failed() {
+        if failed {
             error = worse(error, bio.error());
             continue;
         }
         let in_flight = request.data();
         let rest = in_flight.rest.as_mut();
         let copied = rest.is_none_or(|rest| rest.copy(&bio).is_ok());
-        if !copied || in_flight.zone.bio_done(&bio).is_err() {
-            request.fail();
-        }
+        failed = !copied || in_flight.zone.bio_done(&bio).is_err();
     }
 
-    let failed = request.failed();
     let in_flight = request.data();
     if let (false, Some(Rest::Report(report))) = (failed, in_flight.rest.as_deref_mut()) {
         match report.copy() {
             Ok(len) => in_flight.read_len = len,
-            Err(_) => request.fail(),
+            Err(_) => failed = true,
         }
     }
     let mut status = Status::Ok;
-    if request.failed() {
+    if failed {
         let in_flight = request.data();
         let failure = in_flight.zone.status(error);
         let rest = in_flight.rest.as_mut();

@@ -152,7 +152,7 @@ impl BioSet {
     /// A bio on `device` for up to `pages` pieces of pages, from `sector` on.
     ///
     /// With `nowait`, whoever submits it does not wait for the disk: then the bio fails, and
-    /// [`PendingBios::would_block`] says so.
+    /// [`Ended::WouldBlock`] says so.
     ///
     /// With `wait`, takes from the reserve if it must, and may sleep until a bio of this set is
     /// free: the caller says so only if none is in flight, else it may wait for what it has to free
@@ -489,10 +489,14 @@ impl<State> Bio<'_, State> {
     }
 
     /// Whether all its pages, of which there are some, are dirty.
+    ///
+    /// # Safety
+    ///
+    /// `single` is what [`Bio::single_page`] returns.
     #[inline]
-    fn is_dirty(&self) -> bool {
-        if let Some(page) = self.single_page() {
-            // SAFETY: By the type invariant the page is pinned for this bio.
+    unsafe fn is_dirty(&self, single: Option<*mut raw::page>) -> bool {
+        if let Some(page) = single {
+            // SAFETY: The caller promises that it is the bio's, and by the type invariant it is pinned for that.
             return unsafe { raw::rust_helper_page_dirty(page) };
         }
         // SAFETY: By the type invariant the bio is ours, and its pages are pinned.
@@ -803,12 +807,15 @@ impl Bio<'_, Finished> {
     #[inline]
     fn release(self) -> Result<(), Self> {
         let pinned = self.is_pinned();
-        if self.bounces() || (pinned && self.is_read() && !self.is_dirty()) {
+        let single = self.single_page();
+        // SAFETY: It is what `single_page()` returned.
+        let dirty = || unsafe { self.is_dirty(single) };
+        if self.bounces() || (pinned && self.is_read() && !dirty()) {
             return Err(self);
         }
         let bio = self.raw;
         let raw = bio.as_ptr();
-        let page = self.single_page().filter(|_| pinned);
+        let page = single.filter(|_| pinned);
         core::mem::forget(self);
         // SAFETY: By the type invariant, which was the object's, its pages are pinned if the flag says
         // so, and this is the only reference.
@@ -837,8 +844,9 @@ impl<State> Drop for Bio<'_, State> {
             // marked dirty, unless they are already, in which case they are written back as they are
             // now. A bio is dropped in process context, so their lock can be taken.
             unsafe {
-                let mark = self.is_read() && !self.is_dirty();
-                match self.single_page() {
+                let single = self.single_page();
+                let mark = self.is_read() && !self.is_dirty(single);
+                match single {
                     Some(page) if !mark => raw::unpin_user_page(page),
                     _ => raw::__bio_release_pages(self.raw.as_ptr(), mark),
                 }
@@ -906,17 +914,17 @@ impl PendingBios {
         core::ptr::from_ref(self).cast_mut().cast()
     }
 
-    /// Whether a bio failed since the last call of [`PendingBios::set_error`] with `false`.
+    /// How the bios ended, all together, since the last call of [`PendingBios::set_error`].
     #[inline]
-    pub(in crate::bindings) fn error(&self) -> bool {
-        self.result.load(ordering::Relaxed) == Ended::Failed as i32
-    }
-
-    /// Whether a bio would have had to wait for the disk and was not to, and none failed: all of them can be
-    /// submitted again, after [`PendingBios::rewind`].
-    #[inline]
-    pub(in crate::bindings) fn would_block(&self) -> bool {
-        self.result.load(ordering::Relaxed) == Ended::WouldBlock as i32
+    pub(in crate::bindings) fn ended(&self) -> Ended {
+        let result = self.result.load(ordering::Relaxed);
+        if result == Ended::Done as i32 {
+            Ended::Done
+        } else if result == Ended::WouldBlock as i32 {
+            Ended::WouldBlock
+        } else {
+            Ended::Failed
+        }
     }
 
     /// Sets whether a bio failed.
@@ -1155,14 +1163,15 @@ impl PendingBios {
 }
 
 /// How the bios of a request ended.
-#[derive(Copy, Clone)]
+#[derive(Copy, Clone, PartialEq, Eq)]
 #[repr(i32)]
-enum Ended {
+pub(crate) enum Ended {
     /// All well, as far as they are done.
     Done = 0,
     /// One failed.
     Failed = 1,
-    /// None failed, and one would have had to wait.
+    /// None failed, and one would have had its submitter wait for the disk, where that was not to be: all of them
+    /// can be submitted again, after [`PendingBios::rewind`].
     WouldBlock = 2,
 }
 

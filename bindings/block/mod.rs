@@ -17,6 +17,7 @@ pub(crate) use bio::{
     BioSet,
     BuildError,
     Building,
+    Ended,
     Finished,
     Op,
     PendingBios,

@@ -40,12 +40,16 @@ use kernel::prelude::*;
 /// in [`DescChain::discard`], which gives it back to the ring, in [`DescChain::complete`], or in
 /// [`DescChain::claim`]; one that is just dropped breaks the ring, since its request could never
 /// complete.
+///
+/// # Invariants
+///
+/// `head` is that of a slot which is nobody's until [`DescChain::claim`].
 #[must_use = "a chain that is dropped breaks the ring"]
 pub(crate) struct DescChain<'n, 'a, T: Operations> {
     guard: &'n mut VirtqueueGuard<'a, T>,
     head: u16,
-    out_num: usize,
-    in_num: usize,
+    out_num: u32,
+    in_num: u32,
     readable_len: usize,
     writable_len: usize,
     descriptors: u32,
@@ -56,20 +60,26 @@ pub(crate) struct DescChain<'n, 'a, T: Operations> {
 }
 
 impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
+    /// A chain that was fetched.
+    ///
+    /// # Safety
+    ///
+    /// [`VirtqueueGuard::fetch`] of this guard has just returned it.
     #[inline]
-    pub(super) fn new(guard: &'n mut VirtqueueGuard<'a, T>, fetched: Fetched) -> Self {
+    pub(super) unsafe fn new(guard: &'n mut VirtqueueGuard<'a, T>, fetched: Fetched) -> Self {
         let (out_num, in_num) = (fetched.out_num, fetched.in_num);
-        let readable_len = iov::total(guard.chain_memory(0, out_num));
-        let input = guard.chain_memory_mut(out_num, in_num);
-        let status = StatusByte::cut_off(input);
-        let writable_len = iov::total(input);
+        let status = StatusByte::cut_off(guard.chain_memory_mut(out_num, in_num));
+        // INVARIANT: `fetch()` has looked, and slots are claimed with the mutex held, which the guard is exclusively
+        // borrowed for.
         Self {
             guard,
             head: fetched.head,
-            out_num,
-            in_num,
-            readable_len,
-            writable_len,
+            // CAST: Neither is above the length of the array.
+            out_num: out_num as u32,
+            in_num: in_num as u32,
+            readable_len: fetched.readable_len,
+            // Without the status.
+            writable_len: fetched.writable_len.saturating_sub(1),
             descriptors: fetched.descriptors,
             status,
             log: fetched.log,
@@ -79,12 +89,13 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
 
     #[inline]
     fn out(&self) -> &[IoVec] {
-        self.guard.chain_memory(0, self.out_num)
+        self.guard.chain_memory(0, self.out_num as usize)
     }
 
     #[inline]
     fn input(&self) -> &[IoVec] {
-        self.guard.chain_memory(self.out_num, self.in_num)
+        self.guard
+            .chain_memory(self.out_num as usize, self.in_num as usize)
     }
 
     /// Bytes of memory that the device reads.
@@ -228,7 +239,7 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
     /// With `outcomes`, nothing is to be done for the request at its end but that. It may then end
     /// without [`VirtqueueGuard::next_completed`] returning it.
     ///
-    /// `None` breaks the ring: the head is in flight already, or the chain has no byte for a status.
+    /// `None` breaks the ring: the chain has no byte for a status.
     #[inline]
     pub(crate) fn claim(
         mut self,
@@ -239,10 +250,8 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
         let direct = outcomes
             .filter(|_| self.guard.completes_directly())
             .and_then(|outcomes| self.direct(&completion, &outcomes));
-        let request = self
-            .guard
-            .claim(self.head, request(completion), direct)
-            .ok()?;
+        // SAFETY: By the type invariant the slot is nobody's.
+        let request = unsafe { self.guard.claim(self.head, || request(completion), direct) }?;
         let chain = ManuallyDrop::new(self);
         // SAFETY: The chain is not used again, nor dropped, so the reference is not duplicated.
         let guard = unsafe { core::ptr::read(&chain.guard) };

@@ -93,12 +93,14 @@ pub(crate) trait Memory {
     fn push(&mut self, address: u64, len: u32) -> Option<()>;
 }
 
-/// How many stretches of memory a chain has that the device reads, and that it writes; and how many
-/// descriptors of the ring.
+/// How many stretches of memory a chain has that the device reads, and that it writes, and how many bytes these
+/// are; and how many descriptors of the ring.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) readable: usize,
     pub(crate) writable: usize,
+    pub(crate) readable_len: u64,
+    pub(crate) writable_len: u64,
     pub(crate) descriptors: u16,
 }
 
@@ -113,8 +115,10 @@ impl Counts {
         }
         if descriptor.has(WRITE) {
             self.writable += 1;
+            self.writable_len += u64::from(len);
         } else if self.writable == 0 {
             self.readable += 1;
+            self.readable_len += u64::from(len);
         } else {
             return None;
         }

@@ -28,6 +28,9 @@ pub(super) struct Fetched {
     /// Stretches of memory, readable and writable ones.
     pub(super) out_num: usize,
     pub(super) in_num: usize,
+    /// Bytes of them.
+    pub(super) readable_len: usize,
+    pub(super) writable_len: usize,
     /// Descriptors that were consumed.
     pub(super) descriptors: u32,
     /// Its writable memory, if it is to be logged what is written there.
@@ -77,7 +80,8 @@ impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
         let Some(fetched) = self.guard.fetch()? else {
             return Ok(None);
         };
-        Ok(Some(DescChain::new(self.guard, fetched)))
+        // SAFETY: It was fetched just now.
+        Ok(Some(unsafe { DescChain::new(self.guard, fetched) }))
     }
 
     /// Lets the guest kick again, unless it added buffers meanwhile.

@@ -16,6 +16,7 @@ use crate::bindings::{
         Bio,
         BioRoom,
         Building,
+        Ended,
         Finished,
         PendingBios,
         Submitter, //
@@ -112,14 +113,15 @@ impl SlotHead {
     pub(super) unsafe fn complete(node: *mut raw::llist_node, ring: &UsedRing) -> bool {
         // SAFETY: The caller promises what is said of `node`.
         let slot = unsafe { Self::from_node(node) };
-        if !ring.is_mapped() || slot.bios.would_block() {
+        let ended = slot.bios.ended();
+        if !ring.is_mapped() || ended == Ended::WouldBlock {
             return false;
         }
         // SAFETY: The caller is the only one to know of the slot.
         let Some(direct) = (unsafe { (*slot.direct.get()).take() }) else {
             return false;
         };
-        let (status, entry) = if slot.bios.error() {
+        let (status, entry) = if ended == Ended::Failed {
             direct.failed
         } else {
             direct.ok
@@ -223,30 +225,32 @@ impl<'a, T: Operations> Request<'a, T> {
     /// Claims a free slot. With `direct`, the request may be completed without
     /// [`VirtqueueGuard::next_completed`] returning it.
     ///
-    /// Returns `request` back if the slot is taken.
-    ///
     /// # Safety
     ///
-    /// `slot` must be one of `vq`'s, and the caller hold its mutex.
+    /// `slot` must be one of `vq`'s and nobody's, and the caller hold the mutex.
     #[inline]
     pub(super) unsafe fn claim(
         vq: &'a Virtqueue<T>,
         slot: &'a Slot<T::Request>,
-        request: T::Request,
+        request: impl FnOnce() -> T::Request,
         direct: Option<Direct>,
-    ) -> Result<Self, T::Request> {
-        if !slot.is(Owner::Nobody) {
-            return Err(request);
+    ) -> Self {
+        debug_assert!(slot.is(Owner::Nobody));
+        // SAFETY: The caller promises that the slot is nobody's, and slots are claimed with the mutex held.
+        let (old, old_direct) = unsafe { (&mut *slot.request.get(), &mut *slot.direct.get()) };
+        // First, so that the new ones are made where they are to be.
+        if old.is_some() {
+            *old = None;
         }
-        // SAFETY: The slot is nobody's, and slots are claimed with the mutex held.
-        unsafe {
-            *slot.request.get() = Some(request);
-            *slot.direct.get() = direct;
+        if old_direct.is_some() || direct.is_some() {
+            *old_direct = direct;
         }
+        // SAFETY: As above; what was there is dropped.
+        unsafe { slot.request.get().write(Some(request())) };
         slot.bios.set_error(false);
         slot.pass_to(Owner::Request);
         // INVARIANT: The slot was just claimed.
-        Ok(Self { vq, slot })
+        Self { vq, slot }
     }
 
     /// Takes over a slot that came from the completion list or the list of deferred requests.
@@ -285,17 +289,16 @@ impl<'a, T: Operations> Request<'a, T> {
         }
     }
 
+    /// How its bios ended, all together. If one would have blocked, see [`Request::rewind`].
+    #[inline]
+    pub(crate) fn ended(&self) -> Ended {
+        self.slot.bios.ended()
+    }
+
     /// Whether one of its bios failed.
     #[inline]
     pub(crate) fn failed(&self) -> bool {
-        self.slot.bios.error()
-    }
-
-    /// Whether one of its bios came back because its submitter would have had to wait for the disk, where that
-    /// was not to be: see [`Request::rewind`].
-    #[inline]
-    pub(crate) fn would_block(&self) -> bool {
-        self.slot.bios.would_block()
+        self.ended() == Ended::Failed
     }
 
     /// Has its bios, if they are done, done again when it is submitted the next time, by somebody who may wait.

@@ -138,8 +138,7 @@ impl Rings {
     pub(super) fn push(&mut self, entry: &raw::vring_used_elem) {
         let slot = usize::from(self.next & (self.layout.num - 1));
         let at = ENTRIES + slot * size_of::<raw::vring_used_elem>();
-        self.used.write(at, entry.id);
-        self.used.write(at + size_of::<u32>(), entry.len);
+        self.used.write(at, [entry.id, entry.len]);
         self.next = self.next.wrapping_add(1);
         if self.signalled == Some(self.next) {
             // Once around, without a word to the guest: what it was told last says nothing any more.

@@ -1492,6 +1492,9 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
                     head,
                     out_num: counts.readable,
                     in_num: counts.writable,
+                    // CAST: Sums of at most `MAX_IOVECS` lengths of 32 bits.
+                    readable_len: counts.readable_len as usize,
+                    writable_len: counts.writable_len as usize,
                     descriptors: u32::from(counts.descriptors),
                     log: None,
                 }));
@@ -1543,10 +1546,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             return Ok(None);
         }
         self.free_head(head)?;
+        let (out_num, in_num) = (out_num as usize, in_num as usize);
         let mut fetched = Fetched {
             head,
-            out_num: out_num as usize,
-            in_num: in_num as usize,
+            out_num,
+            in_num,
+            readable_len: iov::total(self.chain_memory(0, out_num)),
+            writable_len: iov::total(self.chain_memory(out_num, in_num)),
             descriptors,
             log: None,
         };
@@ -1556,7 +1562,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         Ok(Some(fetched))
     }
 
-    /// Checks that the slot of a head that was fetched is free.
+    /// Checks that the slot of a head that was fetched is nobody's.
     ///
     /// # Errors
     ///
@@ -1671,20 +1677,22 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         unsafe { raw::vhost_discard_vq_desc(self.vq.as_raw(), 1, descriptors) };
     }
 
-    /// Claims the slot of a head.
+    /// Claims the slot of a head. `None` if there is no such slot.
+    ///
+    /// # Safety
+    ///
+    /// The slot is nobody's.
     #[inline]
-    pub(super) fn claim(
+    pub(super) unsafe fn claim(
         &self,
         head: u16,
-        request: T::Request,
+        request: impl FnOnce() -> T::Request,
         direct: Option<Direct>,
-    ) -> Result<Request<'a, T>, T::Request> {
-        let Some(slot) = self.inner().slots.get(usize::from(head)) else {
-            return Err(request);
-        };
-        let slot: *const Slot<T::Request> = slot;
+    ) -> Option<Request<'a, T>> {
+        let slot: *const Slot<T::Request> = self.inner().slots.get(usize::from(head))?;
         // SAFETY: The slots are not moved or freed while one has an owner, which this one gets now;
-        // `'a` is the borrow of the virtqueue, and requests cannot outlive it. The mutex is held.
-        unsafe { Request::claim(self.vq, &*slot, request, direct) }
+        // `'a` is the borrow of the virtqueue, and requests cannot outlive it. The mutex is held, and the caller
+        // promises that the slot is nobody's.
+        Some(unsafe { Request::claim(self.vq, &*slot, request, direct) })
     }
 }

@@ -95,8 +95,10 @@ fn plain(guest: &Guest, num: u16, head: u16) -> Option<(Counts, Vec<(u64, u32)>)
         }
         if flags & WRITE == 0 {
             counts.readable += 1;
+            counts.readable_len += u64::from(len);
         } else {
             counts.writable += 1;
+            counts.writable_len += u64::from(len);
         }
         stretches.push((address - FIRST + OWNER, len));
         Some(())
@@ -156,6 +158,8 @@ fn a_chain_of_the_ring() {
     let counts = Counts {
         readable: 1,
         writable: 2,
+        readable_len: 16,
+        writable_len: 513,
         descriptors: 3,
     };
     let stretches = vec![(OWNER, 16), (OWNER + 100, 512), (OWNER + 8, 1)];
