@@ -20,6 +20,7 @@ mod ranges;
 mod request;
 mod rest;
 mod segment;
+mod streams;
 mod submit;
 mod transfer;
 mod window;

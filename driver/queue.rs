@@ -15,6 +15,7 @@ use super::{
         self,
         Rest, //
     },
+    streams::Streams,
     submit::{
         self,
         Batch, //
@@ -54,6 +55,8 @@ pub(crate) struct Queue {
     pub(super) refused: Refused,
     /// Reports of zones that use more memory than others.
     pub(super) large_reports: usize,
+    /// Where the guest's reads and writes go on.
+    pub(super) streams: Streams,
     /// Who handles the next kick, if the guest waits for all that came before.
     pub(super) choice: Choice,
     /// How long to poll when there is nothing to do.
@@ -70,6 +73,7 @@ impl Queue {
             bouncing: 0,
             refused: Refused::default(),
             large_reports: 0,
+            streams: Streams::default(),
             choice: Choice::default(),
             window: Window::default(),
             idle_since: None,
@@ -82,6 +86,7 @@ impl Queue {
         self.bouncing = 0;
         self.refused = Refused::default();
         self.large_reports = 0;
+        self.streams = Streams::default();
         self.choice = Choice::default();
         self.window = Window::default();
         self.idle_since = None;

@@ -329,7 +329,7 @@ fn ranges(chain: DescChain<'_, '_, Queue>, op: RangeOp, count: usize, limits: &L
 
 /// Submits a read or a write of the chain's data.
 fn transfer(
-    chain: DescChain<'_, '_, Queue>,
+    mut chain: DescChain<'_, '_, Queue>,
     op: Op,
     sector: u64,
     limits: &Limits,
@@ -351,7 +351,7 @@ fn transfer(
         return Outcome::ForWorker;
     }
 
-    let bio = match first_bio(&chain, op, sector, &mut memory, how) {
+    let mut bio = match first_bio(&chain, op, sector, &mut memory, how) {
         Ok(bio) => bio,
         Err(BuildError::Fault) => return complete(chain, Status::IoErr, 0),
         Err(BuildError::NoMemory) => {
@@ -371,6 +371,9 @@ fn transfer(
         None
     };
 
+    if !may_merge(&mut chain, sector, len, &zone) && rest.is_none() {
+        bio.forbid_merging();
+    }
     let read_len = if op == Op::Read { len } else { 0 };
     // Of what is copied, goes on after its first bios, or may fail for more reasons, the worker has
     // more to do.
@@ -393,6 +396,22 @@ fn transfer(
     rest::extend(guard, &mut request);
     request.submit();
     Outcome::Submitted(len)
+}
+
+/// Learns of a read or write of `len` bytes from `sector` on. Returns whether the block layer is to look for others to
+/// merge it with, which takes longer than to see here that it does not go on where one of the last ones ended. Where
+/// more would come of it than of that, it is to look: in a scheduler, and for what waits for a zone.
+fn may_merge(chain: &mut DescChain<'_, '_, Queue>, sector: u64, len: usize, zone: &InZone) -> bool {
+    let goes_on = chain
+        .data_mut()
+        .streams
+        .goes_on(sector, len as u64 / SECTOR_SIZE);
+    goes_on
+        || !matches!(zone, InZone::No)
+        || !chain
+            .guard()
+            .backend()
+            .is_some_and(Backend::has_plain_queue)
 }
 
 /// The first bio of a request, filled from `memory`'s cursor on. Context: may sleep.
@@ -432,7 +451,7 @@ fn data_page(chain: &DescChain<'_, '_, Queue>, op: Op, dma_alignment: u32) -> Op
 
 /// Submits a read or a write of data in one page: the most common request, with the least to do.
 fn transfer_page(
-    chain: DescChain<'_, '_, Queue>,
+    mut chain: DescChain<'_, '_, Queue>,
     op: Op,
     sector: u64,
     page: &PageBytes,
@@ -444,6 +463,9 @@ fn transfer_page(
     };
     if chain.pin_page(&mut bio, page).is_err() {
         return complete(chain, Status::IoErr, 0);
+    }
+    if !may_merge(&mut chain, sector, page.len(), &zone) {
+        bio.forbid_merging();
     }
     let read_len = if op == Op::Read { page.len() } else { 0 };
     let outcomes = matches!(zone, InZone::No).then(|| outcomes(read_len));

@@ -205,6 +205,18 @@ impl Backend {
         })
     }
 
+    /// Whether the disk has a queue of requests and no scheduler: then a bio is merged with the last one that is
+    /// plugged, or with one of the last eight that wait for the disk on this processor, or with none.
+    /// (`blk_attempt_plug_merge()` and `blk_mq_sched_bio_merge()`.)
+    #[inline]
+    pub(crate) fn has_plain_queue(&self) -> bool {
+        let has_queue = self.device().is_some_and(|bdev| {
+            // SAFETY: The reference to the file keeps the block device and its queue alive, whose operations stay.
+            unsafe { !(*(*bdev).bd_queue).mq_ops.is_null() }
+        });
+        has_queue && !self.has_scheduler()
+    }
+
     /// The disk's size now, in sectors.
     #[inline]
     pub(crate) fn capacity(&self) -> u64 {

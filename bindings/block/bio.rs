@@ -325,6 +325,9 @@ impl BioRoom {
 /// The flag of a bio whose submitter must not wait.
 const NOWAIT: u32 = 1 << raw::req_flag_bits___REQ_NOWAIT;
 
+/// The flag of a bio that is not to be merged with others.
+const NOMERGE: u32 = 1 << raw::req_flag_bits___REQ_NOMERGE;
+
 /// `BIOSET_NEED_BVECS` of `include/linux/bio.h`, a member of an unnamed enum there.
 const BIOSET_NEED_BVECS: i32 = 1 << 0;
 
@@ -532,6 +535,16 @@ impl Bio<'_, Building> {
         // SAFETY: By the type invariant the bio is ours, with its prefix.
         let kept = unsafe { (*prefix(self.raw)).memory };
         kept.is_null() || memory.is_some_and(|memory| core::ptr::eq(kept, memory))
+    }
+
+    /// Has the block layer not look for others to merge it with, nor merge others with it.
+    #[inline]
+    pub(crate) fn forbid_merging(&mut self) {
+        // SAFETY: By the type invariant the bio is ours, with its prefix.
+        unsafe {
+            (*self.raw.as_ptr()).bi_opf |= NOMERGE;
+            (*prefix(self.raw)).flags |= NOMERGE;
+        }
     }
 
     /// Bytes of data in it.

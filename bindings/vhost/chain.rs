@@ -183,6 +183,12 @@ impl<'n, 'a, T: Operations> DescChain<'n, 'a, T> {
         self.guard
     }
 
+    /// The locked virtqueue's driver's data, to change it.
+    #[inline]
+    pub(crate) fn data_mut(&mut self) -> &mut T {
+        self.guard.data_mut()
+    }
+
     /// The first bio of its request: see [`VirtqueueGuard::new_bio`].
     #[inline]
     pub(crate) fn new_bio(&self, op: Op, sector: u64, pages: usize) -> Option<Bio<'a, Building>> {

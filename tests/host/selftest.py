@@ -198,6 +198,31 @@ def wakeups():
             expect("woken for a request", each > 0.5, woken)
 
 
+def merged():
+    """Requests are merged: small sequential ones, and with a scheduler others that are close to each other."""
+    load()
+    with NullBlk(memory_backed=0) as disk:
+        queue = f"/sys/block/{os.path.basename(disk.path)}"
+        for scheduler, part, *load_ in (("none", 2, "--rw", "read"),
+                                        ("mq-deadline", 8, "--rw", "randread", "--range", "256k")):
+            with open(f"{queue}/queue/scheduler", "w", encoding="ascii") as file:
+                file.write(scheduler)
+            before = reads_and_merges(queue)
+            sh(OPTIONS.tool, "bench", "--path", "vhost-blk", "--disk", disk.path, *load_, "--bs", "4096",
+               "--iodepth", "32", "--count", "4000")
+            reads, merges = (now - then for now, then in zip(reads_and_merges(queue), before))
+            say(f"{scheduler}: of {reads + merges} requests {merges} were merged with others")
+            expect("requests", reads + merges >= 4000, True)
+            expect(f"one in {part} merged", merges * part > reads + merges, True)
+
+
+def reads_and_merges(queue):
+    """How many reads a disk has done, and how many more were merged with those."""
+    with open(f"{queue}/stat", encoding="ascii") as file:
+        fields = file.read().split()
+    return int(fields[0]), int(fields[1])
+
+
 def stays_pinned():
     """Starts and stops, rings that move, and the dirty log, with memory that stays pinned."""
     load()
@@ -353,6 +378,7 @@ TESTS = [
     Test("killed with requests in flight, kthread workers", killed("--worker-mode=kthread"), long=True),
     Test("kicks", kicks()),
     Test("wake-ups of the worker at depth 1", wakeups),
+    merged,
     Test("requests, starts and stops, on a disk that completes in an interrupt",
          later("--only=request.", "--only=life.")),
     Test("rings, memory and eventfds moved, on a disk that completes in an interrupt", placement()),

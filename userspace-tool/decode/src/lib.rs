@@ -19,6 +19,9 @@ mod request;
 #[path = "../../../driver/segment.rs"]
 mod segment;
 #[cfg(test)]
+#[path = "../../../driver/streams.rs"]
+mod streams;
+#[cfg(test)]
 #[path = "../../../driver/transfer.rs"]
 mod transfer;
 #[cfg(test)]
@@ -36,6 +39,8 @@ mod descriptors_tests;
 mod request_tests;
 #[cfg(test)]
 mod segment_tests;
+#[cfg(test)]
+mod streams_tests;
 #[cfg(test)]
 mod transfer_tests;
 #[cfg(test)]
