@@ -255,6 +255,16 @@ impl Memory {
         sys::protect(&self.0.map, addr, len, protection)
     }
 
+    /// Asks the host for huge pages to make the memory of, as QEMU does, or for small ones. It has a say only
+    /// for what was not touched before, and huge ones come only where they fit, at a multiple of their size.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::System`], if the host's kernel knows nothing of them.
+    pub fn advise_huge_pages(&self, huge: bool) -> Result<()> {
+        sys::advise_huge_pages(&self.0.map, huge)
+    }
+
     /// Puts other pages, of zeroes, where `len` bytes of whole pages at `addr` are, in a region that
     /// has a file: whoever has pinned the old ones keeps them, and sees the new ones no more.
     ///

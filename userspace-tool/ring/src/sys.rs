@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use vhost::vhost_kern::vhost_binding::{vhost_vring_addr, vhost_vring_file, vhost_vring_state};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{
     _IOC_DIRMASK, _IOC_DIRSHIFT, _IOC_SIZEMASK, _IOC_SIZESHIFT, _IOC_WRITE, ioctl_with_mut_ptr,
@@ -427,6 +427,23 @@ pub(crate) fn protect(
     result(ret)
         .map(drop)
         .map_err(Error::system("mprotect of guest memory"))
+}
+
+/// Says whether all of the guest's memory is to be made of huge pages.
+pub(crate) fn advise_huge_pages(memory: &GuestMemoryMmap, huge: bool) -> Result<()> {
+    let advice = if huge {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
+    for region in memory.iter() {
+        let len = usize::try_from(region.len()).expect("a mapping fits usize");
+        // SAFETY: The region is a mapping of `memory`, which cannot go while that is borrowed. The advice
+        // changes what pages it is made of, not what they hold.
+        let ret = unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };
+        result(ret).map_err(Error::system("madvise of guest memory"))?;
+    }
+    Ok(())
 }
 
 fn result(ret: c_int) -> io::Result<c_int> {

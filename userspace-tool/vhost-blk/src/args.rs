@@ -355,6 +355,9 @@ pub(crate) struct BenchArgs {
     /// Keep the guest's memory pinned, rather than what each request of vhost-blk needs
     #[arg(long)]
     pub(crate) pin_memory: bool,
+    /// Ask for memory of huge pages, as QEMU does, if the host has transparent ones
+    #[arg(long, value_enum, default_value = "on")]
+    pub(crate) huge_pages: Switch,
     /// Have io_uring pin the memory of each request, rather than register all of it
     #[arg(long)]
     pub(crate) unregistered: bool,

@@ -38,6 +38,8 @@ use target::{Target, range};
 
 /// Memory of a queue beside its requests, bytes: its rings, with room to spare.
 const RING_MEMORY: usize = 1 << 20;
+/// Bytes of a huge page.
+const HUGE_PAGE: usize = 2 << 20;
 /// The size of the disk that the front end alone pretends to have, bytes.
 const PRETENDED: u64 = 1 << 40;
 
@@ -77,7 +79,7 @@ fn disk(target: Option<Target>) -> Result<Target> {
 fn on_vhost_blk(device: &Path, args: &BenchArgs, target: &Target) -> Result<Report> {
     let range = range_on(args, target.bytes())?;
     let options = options(args, device);
-    let mut guest = Guest::with_memory(&options, &Memory::new(options.memory)?)?;
+    let mut guest = Guest::with_memory(&options, &memory(args, options.memory)?)?;
     check_features(args, guest.features())?;
     guest.start(target.backend())?;
     let sources = guest
@@ -91,7 +93,8 @@ fn on_vhost_blk(device: &Path, args: &BenchArgs, target: &Target) -> Result<Repo
 fn on_vhost_user(args: &BenchArgs, target: Option<&Target>) -> Result<Report> {
     let socket = args.socket.as_deref().context("which server? (--socket)")?;
     let options = options(args, socket);
-    let mut guest = VhostUserGuest::with_memory(&options, &Memory::shared(options.memory)?)
+    let memory = made_of(Memory::shared(whole_pages(options.memory))?, args);
+    let mut guest = VhostUserGuest::with_memory(&options, &memory)
         .with_context(|| format!("the server at {}", socket.display()))?;
     check_features(args, guest.features())?;
     let bytes = guest.capacity() * SECTOR_SIZE as u64;
@@ -123,7 +126,7 @@ fn on_io_uring(args: &BenchArgs, target: &Target) -> Result<Report> {
 fn on_nothing(args: &BenchArgs, target: Option<&Target>) -> Result<Report> {
     use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_SEMAPHORE, EventFd};
     let range = range_on(args, target.map_or(PRETENDED, Target::bytes))?;
-    let memory = Memory::new(memory(args))?;
+    let memory = memory(args, memory_needed(args))?;
     let mut rings = Vec::new();
     for _ in 0..args.queues {
         let mut ring = Ring::new(&memory, args.queue_size, args.event_idx.is_on())?;
@@ -143,8 +146,25 @@ fn range_on(args: &BenchArgs, disk: u64) -> Result<u64> {
     range(args.range, disk, args.bs, parts.into())
 }
 
-/// Guest memory, bytes.
-fn memory(args: &BenchArgs) -> usize {
+/// Memory of `len` bytes or more.
+fn memory(args: &BenchArgs, len: usize) -> Result<Memory> {
+    Ok(made_of(Memory::new(whole_pages(len))?, args))
+}
+
+/// Bytes of as many whole huge pages as hold `len` bytes.
+fn whole_pages(len: usize) -> usize {
+    len.next_multiple_of(HUGE_PAGE)
+}
+
+/// Memory, to be made of the pages that it is to be of.
+fn made_of(memory: Memory, args: &BenchArgs) -> Memory {
+    // A kernel that has no huge ones makes it of small ones.
+    let _ = memory.advise_huge_pages(args.huge_pages.is_on());
+    memory
+}
+
+/// Bytes of memory that a guest needs.
+fn memory_needed(args: &BenchArgs) -> usize {
     let slots = Slots::memory_needed(args.iodepth, data_len(args));
     (slots + RING_MEMORY) * usize::from(args.queues)
 }
@@ -168,7 +188,7 @@ fn options(args: &BenchArgs, path: &Path) -> Options {
         path: path.to_owned(),
         queues: args.queues.into(),
         queue_size: args.queue_size,
-        memory: memory(args),
+        memory: memory_needed(args),
         features,
         workers: args.workers.into(),
         worker_mode: args.worker_mode.map(Into::into),
@@ -323,7 +343,7 @@ fn queue(
             serve(args, range, at, engine, shared, work, replies)
         }
         Source::File(file) => {
-            let memory = Memory::new(Slots::memory_needed(args.iodepth, data_len(args)))?;
+            let memory = memory(args, Slots::memory_needed(args.iodepth, data_len(args)))?;
             let slots = slots_in(&memory)?;
             let engine =
                 UringEngine::new(Uring::new(file, &slots, !poll, !args.unregistered)?, poll);
