@@ -31,7 +31,10 @@ PARAMETERS = {
 # io_uring with its buffers registered, which pins them; and without, so that it pins those of each request.
 URING = "host/io_uring"
 UNREGISTERED = f"{URING}/unregistered"
-EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", URING, UNREGISTERED]
+# Both with the guest's memory, or the buffers, in pages of 4 KiB.
+SMALL_PAGES, URING_SMALL_PAGES = "vhost-blk/small-pages", f"{URING}/small-pages"
+EXACT_PATHS = ["vhost-blk", PINNED, WORKER, "vhost-user-blk/nopoll", URING, UNREGISTERED, SMALL_PAGES,
+               URING_SMALL_PAGES]
 # At this depth the front end's kicks and calls are spread over so many
 # requests that they do not count.
 FRONT_END_ALONE = 256

@@ -21,7 +21,8 @@ import tempfile
 import time
 
 import report
-from cells import FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, UNREGISTERED, chosen, exact
+from cells import (FRONT_END, FRONT_END_ALONE, NULL_BLK, PARAMETERS, PINNED, SMALL_PAGES, UNREGISTERED,
+                   URING_SMALL_PAGES, chosen, exact)
 from spread import Spread, number
 
 SERVED = "vhost-user-blk/nopoll"
@@ -53,6 +54,8 @@ def command(cell):
         words += ["--pin-memory"]
     if cell.path == UNREGISTERED:
         words += ["--unregistered"]
+    if cell.path in (SMALL_PAGES, URING_SMALL_PAGES):
+        words += ["--huge-pages", "off"]
     return " ".join(words)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """What the measurements must show, checked against a results.json."""
 
-from cells import DISK_TIME, PINNED, UNREGISTERED, URING
+from cells import DISK_TIME, PINNED, SMALL_PAGES, UNREGISTERED, URING, URING_SMALL_PAGES
 from spread import Spread, group_of
 
 REACHED, MISSED = "reached", "missed"
@@ -54,7 +54,8 @@ def exact(cells):
     # vhost-blk, and an io_uring: that which pins as it does, and the best there is.
     pairs = (("vhost-blk", UNREGISTERED, "both pinning for each request"),
              (PINNED, URING, "both with memory that stays pinned"),
-             ("vhost-blk", URING, "only io_uring's memory staying pinned"))
+             ("vhost-blk", URING, "only io_uring's memory staying pinned"),
+             (SMALL_PAGES, URING_SMALL_PAGES, "only io_uring's memory staying pinned, all in pages of 4 KiB"))
     to_served, to_uring = [], {(depth, which): [] for depth in (1, 32) for which in pairs}
     for disk in EXACT_DISKS:
         for depth in (1, 32):

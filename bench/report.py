@@ -14,7 +14,8 @@ from html import escape
 
 import goals
 import svg
-from cells import DISK_TIME, FIO, FRONT_END, GUEST, TOOL, UNREGISTERED, URING, Cell
+from cells import (DISK_TIME, FIO, FRONT_END, GUEST, SMALL_PAGES, TOOL, UNREGISTERED, URING, URING_SMALL_PAGES,
+                   Cell)
 from spread import NO_DIFFERENCE, Spread, group_of, number, times
 
 # What a round can have measured beside the IOPS, and what it is called.
@@ -109,7 +110,9 @@ def exact_rows(document, before=None):
         count = Spread.of(cell, "host_insns_per_req")
         own = cell.get("host_insns_less_front_end")
         ratios = []
-        for path in ("vhost-user-blk", URING, UNREGISTERED):
+        # What has small pages is compared with what has them, too; what vhost-user-blk shares always has.
+        uring = URING_SMALL_PAGES if cell["path"] == SMALL_PAGES else URING
+        for path in ("vhost-user-blk", uring, UNREGISTERED if uring == URING else None):
             other = net(path, cell)
             ratios.append(f"{own / other:.2f}x" if own and other and
                           cell["path"].split("/nopoll")[0] != path else "-")
