@@ -111,9 +111,9 @@ class Progress:
 class Snapshot:
     """Counters of the host at one moment."""
 
-    def __init__(self, disks, pid=None, match=None, vm=None):
+    def __init__(self, disks, size, pid=None, match=None, vm=None):
         self.time = time.monotonic()
-        self.requests = requests(disks)
+        self.requests = requests(disks, size)
         self.busy = measure.busy()
         self.cpu = measure.cpu(pid, match) if pid else None
         self.switches = measure.switches(pid, match) if pid else None
@@ -135,8 +135,11 @@ class Snapshot:
         return result
 
 
-def requests(disks):
-    """Requests that all the disks have completed."""
+def requests(disks, size):
+    """Requests of `size` bytes that all the disks have completed."""
+    if all(os.path.basename(disk).startswith("ram") for disk in disks):
+        # brd does not count. Nothing else is read or written meanwhile.
+        return measure.transferred() // size
     return sum(measure.requests(disk) for disk in disks)
 
 
@@ -321,7 +324,8 @@ class Measurer:
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True) as fio:
             try:
-                counted = self.sample([disk], lambda: Snapshot([disk]),
+                counted = self.sample(lambda: requests([disk], cell.bs),
+                                      lambda: Snapshot([disk], cell.bs),
                                       lambda: fio.poll() is None)
                 output, _ = fio.communicate(timeout=60)
             finally:
@@ -331,12 +335,12 @@ class Measurer:
             raise RuntimeError(f"{' '.join(command)}: status {fio.returncode}\n{output}")
         return " ".join(command), {**fio_result(output), **counted}
 
-    def sample(self, disks, snapshot, alive):
+    def sample(self, count, snapshot, alive):
         """What happens for each request while the load is on: neither when it
         starts nor when it ends."""
-        before = requests(disks)
+        before = count()
         deadline = time.monotonic() + 60
-        while requests(disks) - before < 20:
+        while count() - before < 20:
             if time.monotonic() > deadline or not alive():
                 raise RuntimeError("the load does not start")
             time.sleep(0.05)
@@ -356,8 +360,10 @@ class Measurer:
                                        self.window + 1))
         vm.send(f"{command} --output=/tmp/fio && cat /tmp/fio")
         try:
-            counted = self.sample(disks, lambda: Snapshot(disks, pid, serves, vm.process.pid),
-                                  lambda: vm.process.poll() is None)
+            counted = self.sample(
+                lambda: requests(disks, cell.bs),
+                lambda: Snapshot(disks, cell.bs, pid, serves, vm.process.pid),
+                lambda: vm.process.poll() is None)
         finally:
             status, output = vm.finish(command, 120)
         if status:
