@@ -263,6 +263,9 @@ PIN = "--pin-memory"
 
 def pins():
     """Pages pinned and not released, of the whole host."""
+    # What each processor has counted by itself so far is in no sum before this.
+    with open("/proc/sys/vm/stat_refresh", encoding="ascii") as file:
+        file.read()
     with open("/proc/vmstat", encoding="ascii") as file:
         values = dict(line.split() for line in file)
     return (int(values.get("nr_foll_pin_acquired", 0))
