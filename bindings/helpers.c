@@ -170,22 +170,8 @@ bool rust_helper_get_user_u16(u16 *to, const u16 __user *from)
 	return !get_user(*to, from);
 }
 
-/* One, of which the length is known: fewer checks than with rust_helper_get_user_pairs(). */
-bool rust_helper_get_user_pair(u64 *to, const u64 __user *from)
-{
-	if (!user_access_begin(from, 2 * sizeof(*from)))
-		return false;
-	unsafe_get_user(to[0], &from[0], fault);
-	unsafe_get_user(to[1], &from[1], fault);
-	user_access_end();
-	return true;
-fault:
-	user_access_end();
-	return false;
-}
-
 /* A loop, since unsafe_get_user() is a macro. */
-bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs)
+static __always_inline bool get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs)
 {
 	if (!user_access_begin(from, 2 * pairs * sizeof(*from)))
 		return false;
@@ -198,6 +184,17 @@ bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pa
 fault:
 	user_access_end();
 	return false;
+}
+
+/* One, of which the length is known: that takes fewer checks. */
+bool rust_helper_get_user_pair(u64 *to, const u64 __user *from)
+{
+	return get_user_pairs(to, from, 1);
+}
+
+bool rust_helper_get_user_pairs(u64 *to, const u64 __user *from, unsigned int pairs)
+{
+	return get_user_pairs(to, from, pairs);
 }
 
 bool rust_helper_put_user_u8(u8 value, u8 __user *to)

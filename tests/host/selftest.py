@@ -16,7 +16,7 @@ import backends
 import cgroups
 import conformance
 import ktap
-from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh
+from disks import Brd, Delay, Ext4, HalfBad, Loop, NullBlk, ScsiDebug, settle, sh, write
 from ktap import Log, Test, expect, say
 
 NODE = "/dev/vhost-blk"
@@ -205,8 +205,7 @@ def merged():
         queue = f"/sys/block/{os.path.basename(disk.path)}"
         for scheduler, part, *load_ in (("none", 2, "--rw", "read"),
                                         ("mq-deadline", 8, "--rw", "randread", "--range", "256k")):
-            with open(f"{queue}/queue/scheduler", "w", encoding="ascii") as file:
-                file.write(scheduler)
+            write(f"{queue}/queue/scheduler", scheduler)
             before = reads_and_merges(queue)
             sh(OPTIONS.tool, "bench", "--path", "vhost-blk", "--disk", disk.path, *load_, "--bs", "4096",
                "--iodepth", "32", "--count", "4000")
