@@ -200,8 +200,8 @@ def test_options():
     vhost = os.open("/dev/vhost-blk", os.O_RDWR)
     choices = ["", "num-queues=1,disable-modern=on",
                "worker_per_virtqueue=on,poll-us=100,write-cache=off",
-               f"vhostfd={vhost},num-queues=4,queue-size=1024", "disable-legacy=on,queue-size=16",
-               "pin-memory=on"]
+               f"vhostfd={vhost},num-queues=4,queue-size=1024,write-cache=on",
+               "disable-legacy=on,queue-size=16", "pin-memory=on,config-wce=off"]
     args = []
     for number, (disk, choice) in enumerate(zip(disks, choices)):
         extra = ",read-only=on" if number == 0 else ""
@@ -230,7 +230,10 @@ def test_options():
             expect("writing to it", f"dd if=/dev/zero of=/dev/{names[0]} bs=4k count=1 "
                    "oflag=direct 2>/dev/null && echo written", "")
             expect("one queue", f"ls /sys/block/{names[1]}/mq | wc -l", "1")
-            expect("write cache off", f"cat /sys/block/{names[2]}/cache_type", "write through")
+            # None of the disks has one.
+            for number, mode in ((1, "through"), (2, "through"), (3, "back"), (4, "through"), (5, "back")):
+                expect(f"write cache with {choices[number]}",
+                       f"cat /sys/block/{names[number]}/cache_type", f"write {mode}")
             expect("block size", f"cat /sys/block/{names[4]}/queue/logical_block_size", "4096")
             check_locked(vm, 512 << 10)
             for name in names[1:]:
