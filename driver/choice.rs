@@ -13,9 +13,20 @@ pub(crate) enum Handler {
     Worker,
 }
 
-/// Of how many kicks one is left to the other one, to see what it would find: fewer after a change.
-const MOST: u32 = 256;
+/// Most and fewest kicks between two trials. Fewer after a change.
+const MOST: u32 = 512;
 const LEAST: u32 = 16;
+
+/// Kicks that the worker handles after one that it was left.
+const REFUSED: u32 = 16;
+
+/// A trial: how many kicks are left to the other one, to see what it would find. The first ones may find what the
+/// chosen one has left behind: they say no more than whether it is worth to go on.
+const FIRST: u32 = 4;
+const COUNTED: u32 = 12;
+
+/// What the chosen one found for a kick is one part in so many of its average.
+const PARTS: u32 = 16;
 
 /// One request, in averages.
 const ONE: u32 = 256;
@@ -34,9 +45,10 @@ pub(crate) struct Choice {
     /// How many requests each found for a kick, on average.
     kicker: u32,
     worker: u32,
-    /// Kicks until the other one is tried, and how many these were in the beginning.
+    /// Kicks of the chosen one until the other one is tried, and how many these were in the beginning.
     left: u32,
     interval: u32,
+    trial: Trial,
     /// Kicks that the worker handles whoever is chosen.
     refused: u32,
 }
@@ -49,8 +61,36 @@ impl Default for Choice {
             worker: ONE,
             left: LEAST,
             interval: LEAST,
+            trial: Trial::default(),
             refused: 0,
         }
+    }
+}
+
+/// What is known of the kicks that the other one handled.
+#[derive(Default)]
+struct Trial {
+    kicks: u32,
+    /// Requests that were found for them.
+    found: u32,
+    /// Whether any was for clearly more than the chosen one finds.
+    more: bool,
+}
+
+impl Trial {
+    /// Learns what a kick was for, where the chosen one finds `usual` on average. Returns the average when the trial
+    /// is over.
+    fn handled(&mut self, found: u32, usual: u32) -> Option<u32> {
+        self.kicks += 1;
+        self.found += found;
+        self.more |= 4 * found > 5 * usual;
+        if self.kicks == FIRST {
+            if !self.more {
+                return Some(self.found / FIRST);
+            }
+            self.found = 0;
+        }
+        (self.kicks == FIRST + COUNTED).then_some(self.found / COUNTED)
     }
 }
 
@@ -58,7 +98,10 @@ impl Choice {
     /// Learns that the task that kicked had to leave a request to the worker, as it may have to with what comes next.
     /// Returns who is to handle the next kick.
     pub(crate) fn refused(&mut self) -> Handler {
-        self.refused = LEAST;
+        self.refused = REFUSED;
+        if self.chosen == Handler::Worker && self.left == 0 {
+            self.end_trial();
+        }
         self.next()
     }
 
@@ -70,17 +113,45 @@ impl Choice {
         self.refused = self.refused.saturating_sub(1);
         // CAST: At most `MANY`.
         let found = requests.min(MANY) as u32 * ONE;
-        let average = match by {
+        if by == self.chosen {
+            let average = self.average(by);
+            *average = (*average * (PARTS - 1) + found + PARTS / 2) / PARTS;
+            self.left = self.left.saturating_sub(1);
+        } else {
+            let usual = *self.average(self.chosen);
+            if let Some(average) = self.trial.handled(found, usual) {
+                *self.average(by) = average;
+                self.end_trial();
+            }
+        }
+        if self.left > 0 {
+            self.choose();
+        }
+        self.next()
+    }
+
+    fn average(&mut self, of: Handler) -> &mut u32 {
+        match of {
             Handler::Kicker => &mut self.kicker,
             Handler::Worker => &mut self.worker,
-        };
-        // What is seen seldom counts more.
-        let parts = if by == self.chosen { 8 } else { 4 };
-        *average = (*average * (parts - 1) + found + parts / 2) / parts;
+        }
+    }
 
+    fn end_trial(&mut self) {
+        self.wait((2 * self.interval).min(MOST));
+    }
+
+    /// Waits for the next trial.
+    fn wait(&mut self, kicks: u32) {
+        self.interval = kicks;
+        self.left = kicks;
+        self.trial = Trial::default();
+    }
+
+    fn choose(&mut self) {
         // Not to and fro where it makes no difference.
         let quarters = match self.chosen {
-            Handler::Kicker => 7,
+            Handler::Kicker => 6,
             Handler::Worker => 5,
         };
         let better = if 4 * self.worker >= quarters * self.kicker {
@@ -90,16 +161,8 @@ impl Choice {
         };
         if better != self.chosen {
             self.chosen = better;
-            self.interval = LEAST;
-            self.left = LEAST;
-        } else if self.left > 0 {
-            self.left -= 1;
-        } else if by != self.chosen {
-            // It was tried.
-            self.interval = (2 * self.interval).min(MOST);
-            self.left = self.interval;
+            self.wait(LEAST);
         }
-        self.next()
     }
 
     fn next(&self) -> Handler {
