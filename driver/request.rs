@@ -182,7 +182,7 @@ pub(crate) fn decode(
             writable,
             limits.capacity,
             limits.read_only,
-            limits.zones.as_ref(),
+            limits.zones,
         )
         .map(Request::Zone),
     }

@@ -4,8 +4,9 @@
 //!
 //! Pure code without kernel types, compiled again for the tests in user space.
 
-/// Requests that are remembered.
-const COUNT: usize = 8;
+/// Requests that are remembered. Of what is plugged the block layer compares a bio with the last one only; with up to
+/// eight only where requests have to wait for the disk.
+const COUNT: usize = 2;
 
 /// Where the last requests ended, in sectors.
 pub(crate) struct Streams {

@@ -28,6 +28,7 @@ use super::{
         self,
         InZone, //
     },
+    zone_request, //
 };
 use crate::bindings::{
     block::{
@@ -179,33 +180,45 @@ fn submit(chain: DescChain<'_, '_, Queue>) -> Outcome {
         writable as u64,
         &limits,
     );
-    match decoded {
-        Ok(Request::Zone(_) | Request::Flush | Request::Ranges { .. }) if guard.must_not_wait() => {
-            chain.discard();
-            Outcome::ForWorker
-        }
+    let (op, sector, zone) = match decoded {
         Ok(Request::In { len: 0, .. } | Request::Out { len: 0, .. }) => {
-            complete(chain, Status::Ok, 0)
+            return complete(chain, Status::Ok, 0);
         }
-        Ok(Request::In { sector, .. }) => transfer(chain, Op::Read, sector, &limits, InZone::No),
+        Ok(Request::In { sector, .. }) => (Op::Read, sector, InZone::No),
         Ok(Request::Out { sector, len }) => {
             let fua = !writeback(guard, features);
-            match check_zones(guard, sector, len, &limits) {
-                Ok(zone) => transfer(chain, Op::Write { fua }, sector, &limits, zone),
-                Err(status) => complete(chain, status, 0),
+            match check_zones(guard, sector, len, limits.zones) {
+                Ok(zone) => (Op::Write { fua }, sector, zone),
+                Err(status) => return complete(chain, status, 0),
             }
         }
-        Ok(Request::Zone(request)) => {
-            let fua = !writeback(guard, features);
-            zone::submit(chain, request, &limits, fua)
-        }
-        Ok(Request::Flush) => flush(chain),
-        Ok(Request::GetId) => {
+        Ok(request) => return submit_other(chain, request, limits),
+        Err(status) => return complete(chain, status, 0),
+    };
+    transfer(chain, op, sector, limits.logical_block_size, zone)
+}
+
+/// Does what is not a read or a write.
+#[inline(never)]
+fn submit_other(chain: DescChain<'_, '_, Queue>, request: Request, limits: Limits) -> Outcome {
+    let guard = chain.guard();
+    match request {
+        Request::GetId => {
             let serial = guard.data().settings.serial();
             get_id(chain, &serial)
         }
-        Ok(Request::Ranges { op, count }) => ranges(chain, op, count, &limits),
-        Err(status) => complete(chain, status, 0),
+        _ if guard.must_not_wait() => {
+            chain.discard();
+            Outcome::ForWorker
+        }
+        Request::Flush => flush(chain),
+        Request::Ranges { op, count } => ranges(chain, op, count, &limits),
+        Request::Zone(request) => {
+            let fua = !writeback(guard, limits.features);
+            zone::submit(chain, request, &limits, fua)
+        }
+        // Those are not passed on.
+        Request::In { .. } | Request::Out { .. } => complete(chain, Status::IoErr, 0),
     }
 }
 
@@ -214,10 +227,10 @@ fn check_zones(
     guard: &VirtqueueGuard<'_, Queue>,
     sector: u64,
     len: u64,
-    limits: &Limits,
+    zones: Option<zone_request::Limits>,
 ) -> Result<InZone, Status> {
-    match (guard.backend(), &limits.zones) {
-        (Some(backend), Some(zones)) => zone::check_write(backend, sector, len, zones),
+    match (guard.backend(), zones) {
+        (Some(backend), Some(zones)) => zone::check_write(backend, sector, len, &zones),
         _ => Ok(InZone::No),
     }
 }
@@ -328,11 +341,12 @@ fn ranges(chain: DescChain<'_, '_, Queue>, op: RangeOp, count: usize, limits: &L
 }
 
 /// Submits a read or a write of the chain's data.
+#[inline(always)]
 fn transfer(
     mut chain: DescChain<'_, '_, Queue>,
     op: Op,
     sector: u64,
-    limits: &Limits,
+    logical_block_size: u32,
     zone: InZone,
 ) -> Outcome {
     let Some(backend) = chain.guard().backend() else {
@@ -343,7 +357,7 @@ fn transfer(
     }
     let mut memory = data(&chain, op);
     let len = memory.remaining();
-    let how = Fill::new(&memory, backend.dma_alignment(), limits.logical_block_size);
+    let how = Fill::new(&memory, backend.dma_alignment(), logical_block_size);
     let bounces = how.bounces();
     if chain.guard().must_not_wait() && how.single().is_none_or(|pages| pages > BioRoom::VECTORS) {
         // The larger it is, the more there is to wait for, and the less for a worker to be woken.
@@ -401,6 +415,7 @@ fn transfer(
 /// Learns of a read or write of `len` bytes from `sector` on. Returns whether the block layer is to look for others to
 /// merge it with, which takes longer than to see here that it does not go on where one of the last ones ended. Where
 /// more would come of it than of that, it is to look: in a scheduler, and for what waits for a zone.
+#[inline]
 fn may_merge(chain: &mut DescChain<'_, '_, Queue>, sector: u64, len: usize, zone: &InZone) -> bool {
     let goes_on = chain
         .data_mut()

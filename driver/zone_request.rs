@@ -116,7 +116,7 @@ pub(crate) fn decode(
     writable: u64,
     capacity: u64,
     read_only: bool,
-    limits: Option<&Limits>,
+    limits: Option<Limits>,
 ) -> Result<Request, Status> {
     let limits = limits.ok_or(Status::Unsupp)?;
     let op = match kind {
@@ -125,7 +125,7 @@ pub(crate) fn decode(
             return Err(Status::IoErr)
         }
         T_APPEND => {
-            check_append(sector, readable, writable, capacity, limits)?;
+            check_append(sector, readable, writable, capacity, &limits)?;
             return Ok(Request::Append { sector });
         }
         T_RESET_ALL => return Ok(Request::ResetAll),

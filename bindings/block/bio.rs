@@ -1072,7 +1072,7 @@ impl PendingBios {
     /// As for [`PendingBios::add`]. The caller gives up ownership: when this returns, everything may
     /// be complete already. The bios' backends must stay open until the last bio is done, and this object must
     /// not move or go before.
-    #[inline]
+    #[inline(always)]
     pub(in crate::bindings) unsafe fn submit(&self) {
         // SAFETY: The caller owns this object.
         let Some((image, transfers)) = (unsafe { self.image() }) else {
@@ -1080,6 +1080,17 @@ impl PendingBios {
             // back.
             return unsafe { self.start(|bio| raw::submit_bio(bio)) };
         };
+        // SAFETY: The caller promises it; `image` is that of the bios.
+        unsafe { self.submit_later(image, transfers) };
+    }
+
+    /// Has another task submit all bios of the list.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PendingBios::submit`]; and the bios must be on `image`.
+    #[cold]
+    unsafe fn submit_later(&self, image: &Image, transfers: bool) {
         let pending = Pending(self.into());
         // SAFETY: The caller promises what this asks for; `file` is that of the bios.
         image.spawn(transfers, move |file| unsafe { pending.submit_to(file) });
@@ -1164,7 +1175,7 @@ impl PendingBios {
     }
 
     /// Hands this object to the completion list, or completes what it is part of.
-    #[inline]
+    #[inline(always)]
     fn complete(&self) {
         // Whoever takes this object from the list may free it together with the list, after a grace
         // period: the list is used until the end of this section.

@@ -1185,7 +1185,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     /// The first bio of the request of a head that was fetched: as [`VirtqueueGuard::new_bio`], and without an
     /// allocation if it is a small one.
-    #[inline]
+    #[inline(always)]
     pub(super) fn first_bio(
         &self,
         head: u16,
@@ -1223,7 +1223,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// status apart.
     ///
     /// A status byte that cannot be written breaks the ring, and so does a log that cannot.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn complete(&mut self, mut completion: Completion, status: u8, written: usize) {
         let log = completion.take_log();
         let (head, used_len) = match completion.write_status(status, written) {

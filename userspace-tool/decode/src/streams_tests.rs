@@ -24,10 +24,10 @@ fn a_stream_goes_on() {
 }
 
 #[test]
-fn eight_streams_go_on_at_once() {
+fn two_streams_go_on_at_once() {
     let mut streams = Streams::default();
     for number in 0..50 {
-        for stream in 0..8 {
+        for stream in 0..2 {
             let goes_on = streams.goes_on((stream << 32) + number, 1);
             assert_eq!(goes_on, number > 0, "request {number} of stream {stream}");
         }
@@ -35,20 +35,20 @@ fn eight_streams_go_on_at_once() {
 }
 
 #[test]
-fn it_is_known_for_seven_requests() {
+fn it_is_known_behind_another_request() {
     let mut streams = Streams::default();
     let mut next = 0;
     streams.goes_on(next, 8);
     // However long the stream is there.
-    for between in [7, 7, 3, 7, 0, 7, 1, 7] {
+    for between in [1, 1, 0, 1, 0, 0, 1] {
         for other in 0..between {
             assert!(!streams.goes_on((other + 1) << 32, 8), "another one");
         }
         next += 8;
         assert!(streams.goes_on(next, 8), "{between} others came between");
     }
-    for other in 0..8 {
+    for other in 0..2 {
         assert!(!streams.goes_on((other + 1) << 32, 8), "another one");
     }
-    assert!(!streams.goes_on(next + 8, 8), "eight others came between");
+    assert!(!streams.goes_on(next + 8, 8), "two others came between");
 }

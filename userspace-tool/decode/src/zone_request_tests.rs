@@ -43,7 +43,7 @@ const OPENED: Zone = Zone {
 };
 
 fn zoned(kind: u32, sector: u64, readable: u64, writable: u64) -> Result<Request, Status> {
-    let limits = Some(&ZONES);
+    let limits = Some(ZONES);
     decode(kind, sector, readable, writable, CAPACITY, false, limits)
 }
 
@@ -95,7 +95,7 @@ fn without_zones_there_are_no_such_requests() {
 #[test]
 fn a_read_only_disk_reports_and_no_more() {
     for number in ALL {
-        let result = decode(number, 0, 512, 512, CAPACITY, true, Some(&ZONES));
+        let result = decode(number, 0, 512, 512, CAPACITY, true, Some(ZONES));
         if number == REPORT {
             assert!(result.is_ok());
         } else {
@@ -138,9 +138,8 @@ fn appends() {
     for sector in [1000, 1024, u64::MAX - 63, u64::MAX] {
         assert_eq!(zoned(APPEND, sector, 512, 8), Err(INVALID), "{sector}");
     }
-    let of = |limits: Limits, sector, len| {
-        decode(APPEND, sector, len, 8, CAPACITY, false, Some(&limits))
-    };
+    let of =
+        |limits: Limits, sector, len| decode(APPEND, sector, len, 8, CAPACITY, false, Some(limits));
     let none = Limits {
         max_append_sectors: 0,
         ..ZONES
@@ -345,7 +344,7 @@ proptest! {
         max_append_sectors in any::<u32>(),
     ) {
         let limits = Limits { zone_sectors, max_append_sectors, write_granularity: 512, writes_queue: false };
-        let decoded = decode(kind, sector, readable, writable, CAPACITY, false, Some(&limits));
+        let decoded = decode(kind, sector, readable, writable, CAPACITY, false, Some(limits));
         match decoded {
             Ok(Request::Append { sector }) => {
                 let (start, next) = zone_of(sector, &limits);
