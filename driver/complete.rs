@@ -73,6 +73,8 @@ fn done<'a>(
 ) -> Option<Request<'a, Queue>> {
     let ended = request.ended();
     if ended == Ended::WouldBlock {
+        // The next ones may have to wait, too.
+        guard.data_mut().choice.refused();
         request.rewind(guard);
         return Some(request);
     }

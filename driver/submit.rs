@@ -24,6 +24,7 @@ use super::{
         Fill,
         Rest, //
     },
+    transfer::PAGE_SIZE,
     zone::{
         self,
         InZone, //
@@ -34,7 +35,6 @@ use crate::bindings::{
     block::{
         Backend,
         Bio,
-        BioRoom,
         BuildError,
         Building,
         Op,
@@ -68,6 +68,18 @@ const TURN: usize = 32;
 
 /// After how many requests the task that kicks leaves those that are still in the ring to the worker.
 const DIRECT_WEIGHT: usize = 2 * TURN;
+
+/// After more than how many bytes it does.
+const DIRECT_BYTE_WEIGHT: usize = 512 << 10;
+
+/// The largest request that it submits, in bytes, and in pieces of pages.
+const DIRECT_LEN: usize = 128 << 10;
+const DIRECT_PAGES: usize = DIRECT_LEN / PAGE_SIZE + 1;
+
+const _: () = assert!(
+    DIRECT_WEIGHT <= WEIGHT as usize && DIRECT_BYTE_WEIGHT < BYTE_WEIGHT as usize,
+    "it submits more than the worker does in one turn"
+);
 
 /// What no zoned disk has: the block layer does none of it to a zone that is written sequentially, and the
 /// specification has DISCARD offered for no host-managed disk. Guests reset zones.
@@ -106,13 +118,9 @@ pub(super) fn batch(
     batch: &mut Batch,
     plug: &Plug,
 ) -> End {
-    if ring.guard().must_not_wait() && batch.requests >= DIRECT_WEIGHT {
-        return End::Weight;
-    }
     for number in 0..TURN {
-        // The core is asked when there is something to do about it.
-        let weighs = batch.requests >= WEIGHT as usize || batch.bytes >= BYTE_WEIGHT as usize;
-        if weighs && ring.exceeds_weight(batch.requests, batch.bytes) {
+        let much = batch.requests >= DIRECT_WEIGHT || batch.bytes > DIRECT_BYTE_WEIGHT;
+        if much && (ring.guard().must_not_wait() || is_enough(ring, batch)) {
             return End::Weight;
         }
         let chain = match ring.next_chain() {
@@ -146,6 +154,13 @@ pub(super) fn batch(
         }
     }
     End::Turn
+}
+
+/// Whether so much was done for this virtqueue that the worker's turn is over.
+fn is_enough(ring: &mut NotifyDisabled<'_, '_, Queue>, batch: &Batch) -> bool {
+    // The core is asked when there is something to do about it.
+    let weighs = batch.requests >= WEIGHT as usize || batch.bytes >= BYTE_WEIGHT as usize;
+    weighs && ring.exceeds_weight(batch.requests, batch.bytes)
 }
 
 /// What became of a chain.
@@ -359,8 +374,7 @@ fn transfer(
     let len = memory.remaining();
     let how = Fill::new(&memory, backend.dma_alignment(), logical_block_size);
     let bounces = how.bounces();
-    if chain.guard().must_not_wait() && how.single().is_none_or(|pages| pages > BioRoom::VECTORS) {
-        // The larger it is, the more there is to wait for, and the less for a worker to be woken.
+    if chain.guard().must_not_wait() && !is_quick(backend, sector, len, how) {
         chain.discard();
         return Outcome::ForWorker;
     }
@@ -410,6 +424,15 @@ fn transfer(
     rest::extend(guard, &mut request);
     request.submit();
     Outcome::Submitted(len)
+}
+
+/// Whether a read or write of `len` bytes may be submitted by the task that kicks. The larger it is, the longer the
+/// guest's processor is kept, and the less a worker to be woken costs.
+fn is_quick(backend: &Backend, sector: u64, len: usize, how: Fill) -> bool {
+    len <= DIRECT_LEN
+        && how
+            .single()
+            .is_some_and(|pages| pages <= DIRECT_PAGES && !backend.would_cut(sector, len, pages))
 }
 
 /// Learns of a read or write of `len` bytes from `sector` on. Returns whether the block layer is to look for others to

@@ -217,6 +217,34 @@ impl Backend {
         has_queue && !self.has_scheduler()
     }
 
+    /// Whether the block layer would cut a read or write of `len` bytes, in so many pieces of pages, from `sector` on: a
+    /// bio that must not wait fails then (`bio_split_io_at()`). A disk without a queue of requests cuts by itself.
+    pub(crate) fn would_cut(&self, sector: u64, len: usize, pages: usize) -> bool {
+        self.device().is_some_and(|bdev| {
+            // SAFETY: The reference to the file keeps the block device and its queue alive, whose operations stay.
+            // The other reads are volatile since the limits may change.
+            let (start, max_sectors, max_segments, chunk) = unsafe {
+                let queue = (*bdev).bd_queue;
+                if (*queue).mq_ops.is_null() {
+                    return false;
+                }
+                let limits = &raw const (*queue).limits;
+                (
+                    (*bdev).bd_start_sect,
+                    (&raw const (*limits).max_sectors).read_volatile(),
+                    (&raw const (*limits).max_segments).read_volatile(),
+                    (&raw const (*limits).chunk_sectors).read_volatile(),
+                )
+            };
+            let sectors = (len >> 9) as u64;
+            let to_boundary = match chunk {
+                0 => u64::MAX,
+                chunk => u64::from(chunk) - start.wrapping_add(sector) % u64::from(chunk),
+            };
+            sectors > u64::from(max_sectors).min(to_boundary) || pages > usize::from(max_segments)
+        })
+    }
+
     /// The disk's size now, in sectors.
     #[inline]
     pub(crate) fn capacity(&self) -> u64 {

@@ -175,6 +175,7 @@ def kicks(*parameters):
         load(*parameters)
         with Brd() as disk, ScsiDebug("max_queue=1", size=16) as narrow:
             narrow.set("ndelay", 900_000_000)
+            write(f"/sys/block/{os.path.basename(narrow.path)}/queue/max_sectors_kb", 64)
             try:
                 ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
                              "--narrow-disk", narrow.path, "--only=kicks.")

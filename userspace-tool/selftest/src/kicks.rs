@@ -4,14 +4,14 @@
 //!
 //! All of it has to work the same whether the worker handles a kick or the task that kicks.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use vhost_blk_ring::{Guest, Memory, Request, Shape, Status, event_descriptor, write_and_close};
 
 use crate::check::{self, UsedLen};
@@ -39,6 +39,11 @@ pub(crate) const TESTS: &[Test] = &[
         "several threads kick the same ring, over stops and starts",
         120,
         many_threads
+    ),
+    test!(
+        "kicks.sizes",
+        "the task that kicks submits requests of up to 128 KiB, the worker larger ones",
+        sizes
     ),
 ];
 
@@ -179,4 +184,74 @@ fn many_threads(context: &Context) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Bytes that this thread has had read from disks.
+fn read_bytes() -> Result<u64> {
+    let path = "/proc/thread-self/io";
+    let text = fs::read_to_string(path).context(path)?;
+    let bytes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("read_bytes: "));
+    bytes
+        .with_context(|| format!("no read_bytes in {path}"))?
+        .parse()
+        .context(path)
+}
+
+/// Reads `len` bytes of the pattern, `offset` bytes behind the start of a page. Returns how many of them this task, which
+/// kicks, submitted.
+fn read(context: &Context, disk: File, len: usize, offset: usize) -> Result<usize> {
+    let shape = Shape {
+        align: 4096,
+        offset,
+        ..Shape::default()
+    };
+    let mut guest = context.guest(|_| ())?;
+    guest.start(disk)?;
+    let before = read_bytes()?;
+    let done = guest
+        .queue(0)
+        .run(Request::read(0, len), &shape, PATIENCE)?;
+    let submitted = read_bytes()? - before;
+    check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
+    check::same("a read", &done.data, &disk::pattern(0, len / disk::SECTOR))?;
+    Ok(submitted.try_into()?)
+}
+
+fn sizes(context: &Context) -> Result<()> {
+    let narrow_path = context.narrow_disk_path()?;
+    let most = fs::read_to_string(disk::queue_sysfs(narrow_path)?.join("max_sectors_kb"))?;
+    let most = most.trim().parse::<usize>()? << 10;
+    ensure!(most < 128 << 10, "the disk takes {most} bytes at once");
+    Disk::open(narrow_path)?.write(0, &disk::pattern(0, most / disk::SECTOR + 8))?;
+    // What the worker sees first, as it may when the ring starts, it does.
+    let tried = |disk: &dyn Fn() -> Result<File>, len, offset| {
+        context.step(format_args!("{len} bytes at offset {offset} of a page"));
+        let mut tries = (0..TRIES).map(|_| read(context, disk()?, len, offset));
+        tries.try_fold(0, |most, submitted| {
+            Ok::<_, anyhow::Error>(most.max(submitted?))
+        })
+    };
+    let (usual, narrow) = (|| context.disk(), || context.narrow_disk());
+
+    // Whether the task that kicks submits anything is for others to test.
+    let direct = tried(&usual, 4096, 0)? != 0;
+    let check = |disk: &dyn Fn() -> Result<File>, len, offset, small| {
+        let submitted = tried(disk, len, offset)?;
+        let expected = if direct && small { len } else { 0 };
+        ensure!(
+            submitted == expected,
+            "of {len} bytes at offset {offset} the task that kicked submitted {submitted}, not {expected}"
+        );
+        Ok(())
+    };
+    check(&usual, 16 << 10, 512, true)?;
+    check(&usual, 64 << 10, 0, true)?;
+    check(&usual, 128 << 10, 0, true)?;
+    check(&usual, 128 << 10, 512, true)?;
+    check(&usual, 132 << 10, 0, false)?;
+    // What the block layer would cut might have to wait.
+    check(&narrow, most, 0, true)?;
+    check(&narrow, most + 4096, 0, false)
 }
