@@ -6,8 +6,9 @@ use proptest::prelude::*;
 
 use crate::request::{self, Status, HEADER_LEN};
 use crate::zone_request::{
-    decode, is_uncut, max_append_sectors, report_header, zone_of, Limits, Op, Request, Zone,
-    DESCRIPTOR_LEN, STATE_EMPTY, STATE_FULL, STATE_OFFLINE, STATE_READ_ONLY, TYPE_CONVENTIONAL,
+    decode, is_uncut, max_append_sectors, report_header, zone_of, zones_from, Limits, Op, Request,
+    Zone, DESCRIPTOR_LEN, STATE_EMPTY, STATE_FULL, STATE_OFFLINE, STATE_READ_ONLY,
+    TYPE_CONVENTIONAL,
 };
 
 const APPEND: u32 = 15;
@@ -331,6 +332,15 @@ fn bios_that_are_not_cut() {
     assert!(!uncut(&[(0x1200, 0xe00), (0x5200, 512)], 2, 2, 4095));
     assert!(uncut(&[(0x1200, 512)], 1, 1, 4095));
     assert!(uncut(&[], 0, 0, 4095));
+}
+
+#[test]
+fn zones_are_counted_from_the_one_with_the_sector() {
+    for (sector, zones) in [(0, 16), (63, 16), (64, 15), (959, 2), (960, 1), (999, 1)] {
+        assert_eq!(zones_from(sector, CAPACITY, &ZONES), zones, "{sector}");
+    }
+    assert_eq!(zones_from(1024, CAPACITY, &ZONES), 0);
+    assert_eq!(zones_from(u64::MAX, CAPACITY, &ZONES), 0);
 }
 
 proptest! {
