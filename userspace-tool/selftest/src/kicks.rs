@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 use vhost_blk_ring::{Guest, Memory, Request, Shape, Status, event_descriptor, write_and_close};
 
 use crate::check::{self, UsedLen};
-use crate::context::{Context, PATIENCE, Test, test};
+use crate::context::{Context, PATIENCE, Test, skip, test};
 use crate::disk::{self, Disk};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -189,7 +189,11 @@ fn many_threads(context: &Context) -> Result<()> {
 /// Bytes that this thread has had read from disks.
 fn read_bytes() -> Result<u64> {
     let path = "/proc/thread-self/io";
-    let text = fs::read_to_string(path).context(path)?;
+    let Ok(text) = fs::read_to_string(path) else {
+        return skip(format!(
+            "{path} cannot be read: the kernel needs CONFIG_TASK_IO_ACCOUNTING"
+        ));
+    };
     let bytes = text
         .lines()
         .find_map(|line| line.strip_prefix("read_bytes: "));
@@ -220,6 +224,7 @@ fn read(context: &Context, disk: File, len: usize, offset: usize) -> Result<usiz
 }
 
 fn sizes(context: &Context) -> Result<()> {
+    read_bytes()?;
     let narrow_path = context.narrow_disk_path()?;
     let most = fs::read_to_string(disk::queue_sysfs(narrow_path)?.join("max_sectors_kb"))?;
     let most = most.trim().parse::<usize>()? << 10;
