@@ -205,30 +205,31 @@ impl Backend {
         })
     }
 
+    /// The block device, if it has a queue of requests.
+    #[inline]
+    fn queued_device(&self) -> Option<*mut raw::block_device> {
+        self.device().filter(|&bdev| {
+            // SAFETY: The reference to the file keeps the block device and its queue alive, whose operations stay.
+            unsafe { !(*(*bdev).bd_queue).mq_ops.is_null() }
+        })
+    }
+
     /// Whether the disk has a queue of requests and no scheduler: then a bio is merged with the last one that is
     /// plugged, or with one of the last eight that wait for the disk on this processor, or with none.
     /// (`blk_attempt_plug_merge()` and `blk_mq_sched_bio_merge()`.)
     #[inline]
     pub(crate) fn has_plain_queue(&self) -> bool {
-        let has_queue = self.device().is_some_and(|bdev| {
-            // SAFETY: The reference to the file keeps the block device and its queue alive, whose operations stay.
-            unsafe { !(*(*bdev).bd_queue).mq_ops.is_null() }
-        });
-        has_queue && !self.has_scheduler()
+        self.queued_device().is_some() && !self.has_scheduler()
     }
 
     /// Whether the block layer would cut a read or write of `len` bytes, in so many pieces of pages, from `sector` on: a
     /// bio that must not wait fails then (`bio_split_io_at()`). A disk without a queue of requests cuts by itself.
     pub(crate) fn would_cut(&self, sector: u64, len: usize, pages: usize) -> bool {
-        self.device().is_some_and(|bdev| {
-            // SAFETY: The reference to the file keeps the block device and its queue alive, whose operations stay.
-            // The other reads are volatile since the limits may change.
+        self.queued_device().is_some_and(|bdev| {
+            // SAFETY: The reference to the file keeps the block device and its queue alive. The reads of its limits
+            // are volatile since they may change.
             let (start, max_sectors, max_segments, chunk) = unsafe {
-                let queue = (*bdev).bd_queue;
-                if (*queue).mq_ops.is_null() {
-                    return false;
-                }
-                let limits = &raw const (*queue).limits;
+                let limits = &raw const (*(*bdev).bd_queue).limits;
                 (
                     (*bdev).bd_start_sect,
                     (&raw const (*limits).max_sectors).read_volatile(),

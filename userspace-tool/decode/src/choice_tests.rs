@@ -21,6 +21,23 @@ fn run(choice: &mut Choice, kicks: usize, kicker: usize, worker: usize) -> usize
     by_worker
 }
 
+/// Has so many kicks handled, of which the task that kicks has to leave all that are its own to the worker. Returns how
+/// many these were.
+fn run_refused(choice: &mut Choice, kicks: usize, worker: usize) -> usize {
+    let mut next = Handler::Kicker;
+    let mut refused = 0;
+    for _ in 0..kicks {
+        next = match next {
+            Handler::Kicker => {
+                refused += 1;
+                choice.refused()
+            }
+            Handler::Worker => choice.handled(Handler::Worker, worker),
+        };
+    }
+    refused
+}
+
 #[test]
 fn one_request_at_a_time_needs_no_worker() {
     let mut choice = Choice::default();
@@ -78,17 +95,7 @@ fn it_follows_the_guest() {
 #[test]
 fn what_is_refused_goes_to_the_worker_for_a_while() {
     let mut choice = Choice::default();
-    let mut refused = 0;
-    let mut next = Handler::Kicker;
-    for _ in 0..1700 {
-        next = match next {
-            Handler::Kicker => {
-                refused += 1;
-                choice.refused()
-            }
-            Handler::Worker => choice.handled(Handler::Worker, 1),
-        };
-    }
+    let refused = run_refused(&mut choice, 1700, 1);
     assert!((50..=110).contains(&refused), "{refused}");
     run(&mut choice, 100, 1, 1);
     assert!(run(&mut choice, 1000, 1, 1) < 30);
@@ -118,16 +125,6 @@ fn any_number_may_be_found() {
 
 #[test]
 fn what_is_refused_does_not_keep_the_worker_from_being_chosen() {
-    let mut choice = Choice::default();
-    let (mut refused, mut next) = (0, Handler::Kicker);
-    for _ in 0..2000 {
-        next = match next {
-            Handler::Kicker => {
-                refused += 1;
-                choice.refused()
-            }
-            Handler::Worker => choice.handled(Handler::Worker, 30),
-        };
-    }
+    let refused = run_refused(&mut Choice::default(), 2000, 30);
     assert!(refused < 12, "{refused}");
 }
