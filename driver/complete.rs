@@ -27,6 +27,12 @@ const MAX_RESUMED: usize = 64;
 
 /// Completes the requests that are done, oldest first, and shows them to the guest together.
 pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
+    collect(guard);
+    guard.signal_used();
+}
+
+/// Completes the requests that are done, oldest first. Whoever calls it shows them to the guest soon.
+pub(super) fn collect(guard: &mut VirtqueueGuard<'_, Queue>) {
     let mut resumed = 0;
 
     loop {
@@ -44,6 +50,10 @@ pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
             guard.requeue_completions();
             break;
         }
+        if resumed == 0 {
+            // That may take its time.
+            guard.signal_used();
+        }
         let rest = request.data().rest.as_ref();
         resumed += rest.map_or(1, |rest| rest.weight());
         if !rest::resume(guard, request) {
@@ -54,7 +64,6 @@ pub(super) fn completions(guard: &mut VirtqueueGuard<'_, Queue>) {
             break;
         }
     }
-    guard.signal_used();
 }
 
 /// What to say of several bios: that the disk cannot do it only if all that failed say so.

@@ -44,6 +44,10 @@ use kernel::{
 pub(crate) const WEIGHT: i32 = 256;
 pub(crate) const BYTE_WEIGHT: i32 = 16 << 20;
 
+/// Most requests, and bytes of data, that the guest is not shown while the ring is looked at once more.
+const MOST_WAITING: usize = 16;
+const MOST_WAITING_BYTES: usize = 64 << 10;
+
 /// What the driver keeps of a virtqueue.
 pub(crate) struct Queue {
     pub(super) settings: Arc<Settings>,
@@ -169,6 +173,17 @@ fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) -> Batch {
     batch
 }
 
+/// Whether the guest may wait to be shown what is complete until the ring was looked at once more: if it is adding
+/// requests it is interrupted once for all of them. `shown` is what was submitted when it was last shown all.
+///
+/// Only while nothing is in flight, as the next submission might have to wait for that.
+fn may_wait(guard: &VirtqueueGuard<'_, Queue>, batch: &Batch, shown: &Batch) -> bool {
+    let requests = batch.requests - shown.requests;
+    let bytes = batch.bytes - shown.bytes;
+    let little = requests <= MOST_WAITING && bytes <= MOST_WAITING_BYTES;
+    requests != 0 && little && guard.is_all_complete()
+}
+
 fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) {
     let Some(mut ring) = guard.disable_notify() else {
         // What was complete may have waited for the device IOTLB.
@@ -176,10 +191,17 @@ fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) 
         return;
     };
 
+    let mut shown = *batch;
     loop {
         let end = block::with_plug(|plug| submit::batch(&mut ring, batch, plug));
         block::run_softirqs();
-        complete::completions(ring.guard());
+        let vq = ring.guard();
+        complete::collect(vq);
+        let looks_again = matches!(end, submit::End::Empty) && poll::window(vq) == 0;
+        if !looks_again || !may_wait(vq, batch, &shown) {
+            vq.signal_used();
+            shown = *batch;
+        }
 
         match end {
             submit::End::Empty => {
@@ -187,7 +209,7 @@ fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) 
                     continue;
                 }
                 match ring.enable() {
-                    Idle::Yes => return,
+                    Idle::Yes => return guard.signal_used(),
                     Idle::No(again) => ring = again,
                 }
                 poll::work_came(ring.guard());

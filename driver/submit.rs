@@ -86,10 +86,10 @@ const _: () = assert!(
 const RANGES: u64 = 1 << feature::DISCARD | 1 << feature::WRITE_ZEROES | 1 << feature::SECURE_ERASE;
 
 /// What was submitted for a kick.
-#[derive(Default)]
+#[derive(Copy, Clone, Default)]
 pub(super) struct Batch {
     pub(super) requests: usize,
-    bytes: usize,
+    pub(super) bytes: usize,
     /// The next one was not for the task that kicked.
     pub(super) refused: bool,
 }

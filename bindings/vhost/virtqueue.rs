@@ -1295,6 +1295,24 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         completions.finds_no_consumer() && completions.used_ring().is_mapped()
     }
 
+    /// Whether all requests that were fetched are complete, those included that the guest was not shown yet.
+    #[inline]
+    pub(crate) fn is_all_complete(&self) -> bool {
+        // SAFETY: The mutex is held, under which the core and this crate change both.
+        let (avail, used) = unsafe {
+            let raw = self.vq.as_raw();
+            ((*raw).last_avail_idx, (*raw).last_used_idx)
+        };
+        let used = self
+            .vq
+            .completions
+            .used_ring()
+            .next_if_mapped()
+            .unwrap_or(used);
+        // CAST: At most the size of a ring.
+        avail == used.wrapping_add(self.inner().used as u16)
+    }
+
     /// Shows the guest all used entries that were made, with one update of the index and at most
     /// one interrupt.
     pub(crate) fn signal_used(&mut self) {
