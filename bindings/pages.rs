@@ -12,7 +12,10 @@ use core::ptr::NonNull;
 use kernel::{
     error::to_result,
     ffi::c_ulong,
-    mm::Mm,
+    mm::{
+        virt::flags,
+        Mm, //
+    },
     prelude::*,
     sync::aref::ARef, //
 };
@@ -105,27 +108,33 @@ struct PinnedStretch {
 
 impl PinnedMemory {
     /// Pins all pages of `stretches`, address and length of each, for as long as it takes, and counts them as
-    /// locked memory of the calling task's.
+    /// locked memory of the calling task's. Memory of a device, which nobody can pin, is left out.
     ///
     /// Context: process context in the owner's address space; may sleep.
     ///
     /// # Errors
     ///
-    /// `EFAULT` if there is memory that cannot be written or pinned for long, `ENOMEM` if it is more than
+    /// `EFAULT` if there is other memory that cannot be written or pinned for long, or none, `ENOMEM` if it is more than
     /// `RLIMIT_MEMLOCK` allows, or there is none to note where the pages are, `EINTR` if the task was killed.
     pub(super) fn new(stretches: &[(usize, usize)]) -> Result<Self> {
         let mut pinned = KVec::with_capacity(stretches.len(), GFP_KERNEL_ACCOUNT)?;
         for &(address, len) in stretches {
             let offset = address % PAGE_SIZE;
             let count = offset.checked_add(len).ok_or(EFAULT)?.div_ceil(PAGE_SIZE);
-            let locked = LockedMemory::new(count)?;
             let start = address - offset;
+            if is_device_memory(start) {
+                continue;
+            }
+            let locked = LockedMemory::new(count)?;
             let stretch = PinnedStretch {
                 start,
                 pages: PinnedPages::new(start, count)?,
                 _locked: locked,
             };
             pinned.push(stretch, GFP_KERNEL_ACCOUNT)?;
+        }
+        if pinned.is_empty() && !stretches.is_empty() {
+            return Err(EFAULT);
         }
         let longest = pinned
             .iter()
@@ -145,6 +154,19 @@ impl PinnedMemory {
             stretch.pages.0.get(index).copied()
         })
     }
+}
+
+/// Whether a device's memory is mapped at `address` of the calling task, such as that of one that its guest has. That
+/// is in the guest's memory, too.
+///
+/// Context: process context; may sleep.
+fn is_device_memory(address: usize) -> bool {
+    let task = current!();
+    task.mm().is_some_and(|mm| {
+        let mappings = mm.mmap_read_lock();
+        let mapping = mappings.vma_lookup(address);
+        mapping.is_some_and(|mapping| mapping.flags() & (flags::IO | flags::PFNMAP) != 0)
+    })
 }
 
 /// Pages that count as locked memory of an address space.

@@ -2,7 +2,7 @@
 
 //! Guest memory that stays pinned while a backend runs.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,11 +12,11 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Uid, setuid};
 use vhost_blk_ring::memory::PAGE_SIZE;
 use vhost_blk_ring::{
-    Buffer, Guest, Memory, Protection, Request, Segment, Shape, Status, Table, uapi,
+    Buffer, Guest, GuestAddress, Memory, Protection, Request, Segment, Shape, Status, Table, uapi,
 };
 
 use crate::check::{self, UsedLen, fails, works};
-use crate::context::{Context, PATIENCE, Test, test};
+use crate::context::{Context, PATIENCE, Test, skip, test};
 use crate::{disk, memory};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -34,6 +34,11 @@ pub(crate) const TESTS: &[Test] = &[
         "pinned.unwritable",
         "memory that cannot be pinned for long is an error at the start",
         unwritable
+    ),
+    test!(
+        "pinned.device",
+        "what there is besides the memory of a device stays pinned; a read to that one fails",
+        device
     ),
     test!(
         "pinned.replaced",
@@ -117,13 +122,18 @@ impl Pages {
     }
 
     fn submit(&self, guest: &mut Guest) -> Result<()> {
+        self.submit_to(guest, self.0.at(PAGE_SIZE))
+    }
+
+    /// As [`submit`](Self::submit), but reads to a page that is given.
+    fn submit_to(&self, guest: &mut Guest, data: GuestAddress) -> Result<()> {
         self.0.write(0, &Request::read(0, 0).readable())?;
         self.0.write(2 * PAGE_SIZE, &[0xee])?;
         let ring = &mut guest.queue(0).ring;
         ring.add(
             &[
                 Segment::readable(self.0.at(0), 16),
-                Segment::writable(self.0.at(PAGE_SIZE), 4096),
+                Segment::writable(data, 4096),
                 Segment::writable(self.0.at(2 * PAGE_SIZE), 1),
             ],
             Table::Direct,
@@ -201,6 +211,66 @@ fn unwritable(context: &Context) -> Result<()> {
     protect(Protection::ReadWrite)?;
     works("start", guest.start(context.disk()?))?;
     check::healthy("afterwards", &mut guest, 0)
+}
+
+/// Memory of the guest, and above it a page of a device's of the host, as of one that the guest has.
+fn with_device_memory() -> Result<(Memory, Buffer)> {
+    let address = GuestAddress(1 << 32);
+    for device in fs::read_dir("/sys/bus/pci/devices").into_iter().flatten() {
+        let device = device?.path();
+        if device.join("driver").exists() {
+            continue;
+        }
+        for number in 0..6 {
+            let path = device.join(format!("resource{number}"));
+            let Ok(file) = File::options().read(true).write(true).open(path) else {
+                continue;
+            };
+            // Those of ports cannot be mapped.
+            let regions = vec![
+                (GuestAddress(0), LEN, None),
+                (address, PAGE_SIZE, Some(file)),
+            ];
+            if let Ok(memory) = Memory::with_files(regions) {
+                let page = memory.alloc_at(address, PAGE_SIZE)?;
+                return Ok((memory, page));
+            }
+        }
+    }
+    skip("no PCI device without a driver whose memory can be mapped")
+}
+
+fn device(context: &Context) -> Result<()> {
+    let (memory, page) = with_device_memory()?;
+    let mut guest = guest(context, &memory)?;
+    let disk = context.disk()?;
+    // Nothing of the device counts, not even for a while.
+    let len = u64::try_from(LEN)?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, len, len)?;
+    let mut status = File::open(STATUS)?;
+    setuid(Uid::from_raw(65534))?;
+    works("start", guest.start(&disk))?;
+    let pages = Pages::new(&memory)?;
+    for what in ["at the start", "after SET_MEM_TABLE"] {
+        context.step(what);
+        ensure!(is_pinned(&guest)?, "{what} nothing is pinned");
+        let now = locked_by(&mut status)?;
+        ensure!(now == LEN, "{what} {now} bytes are locked, not {LEN}");
+        check::same(what, &pages.read(&mut guest)?, &disk::pattern(0, 8))?;
+        // Nothing of it is accessed.
+        pages.submit_to(&mut guest, page.at(0))?;
+        guest.queue(0).ring.wait_used(PATIENCE)?;
+        let status = Status::from(pages.0.read(2 * PAGE_SIZE, 1)?[0]);
+        ensure!(
+            status == Status::IoErr,
+            "{what}: a read to the device: {status:?}"
+        );
+        works(
+            "SET_MEM_TABLE",
+            guest.device().set_mem_table(&memory.regions()),
+        )?;
+    }
+    Ok(())
 }
 
 fn replaced(context: &Context) -> Result<()> {
