@@ -233,10 +233,14 @@ fn sizes(context: &Context) -> Result<()> {
     // What the worker sees first, as it may when the ring starts, it does.
     let tried = |disk: &dyn Fn() -> Result<File>, len, offset| {
         context.step(format_args!("{len} bytes at offset {offset} of a page"));
-        let mut tries = (0..TRIES).map(|_| read(context, disk()?, len, offset));
-        tries.try_fold(0, |most, submitted| {
-            Ok::<_, anyhow::Error>(most.max(submitted?))
-        })
+        let mut most = 0;
+        for _ in 0..TRIES {
+            most = most.max(read(context, disk()?, len, offset)?);
+            if most >= len {
+                break;
+            }
+        }
+        Ok::<_, anyhow::Error>(most)
     };
     let (usual, narrow) = (|| context.disk(), || context.narrow_disk());
 
