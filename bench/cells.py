@@ -143,7 +143,7 @@ def exact():
 
 def stages():
     """The cells whose requests are traced."""
-    return [cell for disk in ("null_blk-softirq", "null_blk-100us")
+    return [cell for disk in ("null_blk-softirq", *DISK_TIME)
             for cell in cross(STAGES, disk, ["vhost-blk", "vhost-user-blk/nopoll", URING],
                               ["randread"], [4 * KIB], [1])]
 

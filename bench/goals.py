@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """What the measurements must show, checked against a results.json."""
 
-from cells import DISK_TIME, PINNED, SMALL_PAGES, UNREGISTERED, URING, URING_SMALL_PAGES
+from cells import DISK_TIME, PINNED, SMALL_PAGES, STAGES, UNREGISTERED, URING, URING_SMALL_PAGES
 from spread import Spread, group_of
 
 REACHED, MISSED = "reached", "missed"
@@ -83,6 +83,11 @@ def best(paths, names, metric, most=True):
     return (max if most else min)(values) if values else None
 
 
+def added(traced):
+    """The time of a traced request besides the disk's."""
+    return sum(time for stage, time in traced["stages_us"].items() if stage != "device")
+
+
 def tool(cells):
     """Goals with the tool's front end, against the better way to run the daemon."""
     for depth, limit in ((1, 1.3), (32, 1.5)):
@@ -110,6 +115,15 @@ def tool(cells):
             if other and mine and other > own:
                 ratios.append((name, (mine - own) / (other - own)))
     yield worst("time added to the disk's own, to vhost-user-blk: at most 0.5", ratios, 0.5, False)
+    # A timer that comes late counts as added there, though it is later the less the host has to do.
+    ratios = []
+    for disk in DISK_TIME:
+        for name, paths in cells.groups(frontend=STAGES, disk=disk).items():
+            paths = {path: added(cell) for path, cell in paths.items() if cell.get("stages_us")}
+            others = [paths[path] for path in SERVED if path in paths]
+            if others and "vhost-blk" in paths:
+                ratios.append((name, paths["vhost-blk"] / min(others)))
+    yield worst("time of a traced request besides the disk's, to vhost-user-blk (one round): at most 0.5", ratios, 0.5, False)
     ratios = []
     for name, paths in cells.groups(frontend="tool", bs=4096, iodepth=1).items():
         own = Spread.of(paths["vhost-blk"], "lat_p99_us")
