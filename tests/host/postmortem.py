@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 """What the processors of an emulated machine were at: usage: postmortem.py SOCKET
 
-SOCKET is QEMU's QMP monitor. Stops the machine, and prints the registers of each processor and what the memory, by
-the page tables, has at the end of its kernel stack. A kernel that reports a corrupted stack there, while the memory
-has the mark, read something else than the memory: its emulator is to blame. A processor that runs a guest shows the guest.
+SOCKET is QEMU's QMP monitor. Stops the machine, and prints the registers of each processor and its kernel stack, as
+the memory has it by the page tables, and whether the mark is at its end that the kernel looks for: if it is, a kernel
+that reports a corrupted stack end read something else than the memory. A processor that runs a guest shows the guest.
 """
 
 import json
@@ -51,7 +51,7 @@ def stack_end(monitor, number, registers):
         return
     end = int(pointer.group(1), 16) & -THREAD_SIZE
     print(monitor.human(f"gva2gpa {end:#x}", number).strip())
-    words = monitor.human(f"x/64gx {end:#x}", number)
+    words = monitor.human(f"x/{THREAD_SIZE // 8}gx {end:#x}", number)
     print(words)
     found = re.search(": 0x([0-9a-f]+)", words)
     if not found:
