@@ -123,7 +123,8 @@ def tool(cells):
             others = [paths[path] for path in SERVED if path in paths]
             if others and "vhost-blk" in paths:
                 ratios.append((name, paths["vhost-blk"] / min(others)))
-    yield worst("time of a traced request besides the disk's, to vhost-user-blk (one round): at most 0.5", ratios, 0.5, False)
+    yield worst("time of a traced request besides the disk's, to vhost-user-blk (one round): "
+                "at most 0.5", ratios, 0.5, False)
     ratios = []
     for name, paths in cells.groups(frontend="tool", bs=4096, iodepth=1).items():
         own = Spread.of(paths["vhost-blk"], "lat_p99_us")

@@ -375,12 +375,14 @@ impl<T: Operations> Virtqueue<T> {
                 (&raw const (*(*raw).dev).mm).read_volatile(),
             )
         };
-        let used = self
-            .completions
-            .used_ring()
-            .next_if_mapped()
-            .unwrap_or(used);
-        avail == used && !polls && direct_kick.queue(mm)
+        avail == self.next_used(used) && !polls && direct_kick.queue(mm)
+    }
+
+    /// The used index that follows the requests that are complete, where the core knows of `last`.
+    #[inline]
+    fn next_used(&self, last: u16) -> u16 {
+        let used_ring = self.completions.used_ring();
+        used_ring.next_if_mapped().unwrap_or(last)
     }
 
     /// Handles a kick in the current task, or leaves it to the worker.
@@ -1303,14 +1305,9 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             let raw = self.vq.as_raw();
             ((*raw).last_avail_idx, (*raw).last_used_idx)
         };
-        let used = self
-            .vq
-            .completions
-            .used_ring()
-            .next_if_mapped()
-            .unwrap_or(used);
         // CAST: At most the size of a ring.
-        avail == used.wrapping_add(self.inner().used as u16)
+        let waiting = self.inner().used as u16;
+        avail == self.vq.next_used(used).wrapping_add(waiting)
     }
 
     /// Shows the guest all used entries that were made, with one update of the index and at most

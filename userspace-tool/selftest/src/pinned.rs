@@ -181,15 +181,20 @@ fn counts(context: &Context) -> Result<()> {
     Ok(())
 }
 
+/// Has this process lock no more than `bytes`, which root might. Returns its [`STATUS`], which it could not open then.
+fn limit_locked(bytes: usize) -> Result<File> {
+    let bytes = u64::try_from(bytes)?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, bytes, bytes)?;
+    let status = File::open(STATUS)?;
+    setuid(Uid::from_raw(65534))?;
+    Ok(status)
+}
+
 fn limit(context: &Context) -> Result<()> {
     let memory = Memory::new(LEN)?;
     let mut guest = guest(context, &memory)?;
     let disk = context.disk()?;
-    let half = u64::try_from(LEN / 2)?;
-    setrlimit(Resource::RLIMIT_MEMLOCK, half, half)?;
-    let mut status = File::open(STATUS)?;
-    // Root may lock what it wants.
-    setuid(Uid::from_raw(65534))?;
+    let mut status = limit_locked(LEN / 2)?;
     fails("start", guest.start(&disk), libc::ENOMEM)?;
     let still = locked_by(&mut status)?;
     ensure!(still == 0, "{still} bytes are still locked");
@@ -245,10 +250,7 @@ fn device(context: &Context) -> Result<()> {
     let mut guest = guest(context, &memory)?;
     let disk = context.disk()?;
     // Nothing of the device counts, not even for a while.
-    let len = u64::try_from(LEN)?;
-    setrlimit(Resource::RLIMIT_MEMLOCK, len, len)?;
-    let mut status = File::open(STATUS)?;
-    setuid(Uid::from_raw(65534))?;
+    let mut status = limit_locked(LEN)?;
     works("start", guest.start(&disk))?;
     let pages = Pages::new(&memory)?;
     for what in ["at the start", "after SET_MEM_TABLE"] {
