@@ -140,8 +140,9 @@ struct vhost_blk_info {
 /*
  * Keep the guest's memory, all of VHOST_SET_MEM_TABLE, pinned while a backend
  * runs (1), or pin what each request needs (0, the default). It holds from the
- * next start. What is pinned counts as locked memory (RLIMIT_MEMLOCK). Not for
- * guests with a balloon or other memory that is given back while they run.
+ * next start. What is pinned counts as locked memory (RLIMIT_MEMLOCK); a
+ * device's memory, which cannot be pinned, is left out. Not for guests with a
+ * balloon or other memory that is given back while they run.
  */
 #define VHOST_BLK_SET_PIN_MEMORY	_IOW(VHOST_VIRTIO, 0xFB, __u32)
 
