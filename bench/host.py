@@ -509,8 +509,8 @@ def main():
                 first = str(error).strip().splitlines()[0]
                 measurer.note(f"{group[0].frontend}/{group[0].disk}: started again after: "
                               f"{first[:200]} ... {str(error).strip()[-100:]}")
-            # Under nested emulation guests reset themselves now and then, for no
-            # known reason: as long as something is measured, it goes on.
+            # Under nested emulation guests may reset themselves: as long as
+            # something is measured, it goes on.
             tries = 0 if sum(progress.left.values()) < left else tries + 1
     if measurer.parameters is not None:
         sh("rmmod", "vhost_blk")

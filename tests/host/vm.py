@@ -130,8 +130,8 @@ class Guest:
     def start(self, timeout=BOOT_TIMEOUT):
         """Start QEMU and wait until the guest takes commands.
 
-        Under nested emulation one boot in fifteen resets itself for no known
-        reason: a boot that does not end is tried again, once, and it is said.
+        Under nested emulation a guest may reset itself as it boots: a boot that
+        does not end is tried again, once, and it is said.
         """
         self.launch()
         try:
