@@ -17,6 +17,10 @@ pub(crate) enum Handler {
 const MOST: u32 = 512;
 const LEAST: u32 = 16;
 
+/// Kicks from a pause to a trial, and how many trials that are as rare as can be have to be between two of these.
+const SOON: u32 = 64;
+const RARE: u32 = 3;
+
 /// Kicks that the worker handles after one that it was left.
 const REFUSED: u32 = 16;
 
@@ -49,6 +53,8 @@ pub(crate) struct Choice {
     left: u32,
     interval: u32,
     trial: Trial,
+    /// Trials, as rare as can be, since the last one that followed a pause.
+    rare: u32,
     /// Kicks that the worker handles whoever is chosen.
     refused: u32,
 }
@@ -62,6 +68,7 @@ impl Default for Choice {
             left: LEAST,
             interval: LEAST,
             trial: Trial::default(),
+            rare: 0,
             refused: 0,
         }
     }
@@ -105,6 +112,15 @@ impl Choice {
         self.next()
     }
 
+    /// Learns that the guest paused before the last kick. What comes may be another load: the other one is tried soon,
+    /// unless trials would be more than one kick in a hundred then.
+    pub(crate) fn paused(&mut self) {
+        if self.rare >= RARE && self.left > SOON {
+            self.left = SOON;
+            self.rare = 0;
+        }
+    }
+
     /// Learns that a kick was handled, and that `requests` were found. Returns who is to handle the next one.
     pub(crate) fn handled(&mut self, by: Handler, requests: usize) -> Handler {
         if requests == 0 {
@@ -138,6 +154,9 @@ impl Choice {
     }
 
     fn end_trial(&mut self) {
+        if self.interval == MOST {
+            self.rare = self.rare.saturating_add(1);
+        }
         self.wait((2 * self.interval).min(MOST));
     }
 
@@ -161,6 +180,7 @@ impl Choice {
         };
         if better != self.chosen {
             self.chosen = better;
+            self.rare = 0;
             self.wait(LEAST);
         }
     }

@@ -26,6 +26,7 @@ use super::{
 use crate::bindings::{
     block,
     vhost::{
+        jiffies,
         Completion,
         Idle,
         Operations,
@@ -37,7 +38,11 @@ use crate::bindings::{
 use kernel::{
     prelude::*,
     sync::Arc,
-    time::Delta, //
+    time::{
+        msecs_to_jiffies,
+        Delta,
+        Jiffies, //
+    }, //
 };
 
 /// Requests, and bytes of data, that one virtqueue submits before others get their turn.
@@ -47,6 +52,9 @@ pub(crate) const BYTE_WEIGHT: i32 = 16 << 20;
 /// Most requests, and bytes of data, that the guest is not shown while the ring is looked at once more.
 const MOST_WAITING: usize = 16;
 const MOST_WAITING_BYTES: usize = 64 << 10;
+
+/// Between two kicks, after which the guest may have begun something else.
+const PAUSE_MS: u32 = 100;
 
 /// What the driver keeps of a virtqueue.
 pub(crate) struct Queue {
@@ -63,6 +71,8 @@ pub(crate) struct Queue {
     pub(super) streams: Streams,
     /// Who handles the next kick, if the guest waits for all that came before.
     pub(super) choice: Choice,
+    /// When the last kick was handled.
+    kicked_at: Jiffies,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -79,6 +89,7 @@ impl Queue {
             large_reports: 0,
             streams: Streams::default(),
             choice: Choice::default(),
+            kicked_at: jiffies(),
             window: Window::default(),
             idle_since: None,
         }
@@ -153,7 +164,15 @@ fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     if !guard.takes_direct_kicks() {
         return;
     }
-    let choice = &mut guard.data_mut().choice;
+    let queue = guard.data_mut();
+    let now = jiffies();
+    let ticks = now.wrapping_sub(queue.kicked_at);
+    queue.kicked_at = now;
+    let choice = &mut queue.choice;
+    // Mostly none: that spares the call.
+    if ticks > 0 && ticks >= msecs_to_jiffies(PAUSE_MS) {
+        choice.paused();
+    }
     let next = if batch.refused {
         choice.refused()
     } else {

@@ -10,7 +10,8 @@ use kernel::{
     sync::atomic::{
         ordering,
         Atomic, //
-    }, //
+    },
+    time::Jiffies, //
 };
 
 /// A turn of a worker at one virtqueue.
@@ -51,6 +52,13 @@ impl Turn {
 pub(crate) fn busy_clock() -> u64 {
     // SAFETY: It may be called anywhere.
     unsafe { raw::rust_helper_local_clock() }
+}
+
+/// Ticks of the kernel's timer, of 1 to 10 ms each: costs next to nothing, and wraps. Any context.
+#[inline]
+pub(crate) fn jiffies() -> Jiffies {
+    // SAFETY: It is always there; the timer's interrupt writes it, as a whole.
+    unsafe { core::ptr::read_volatile(&raw const kernel::bindings::jiffies) }
 }
 
 /// Whether the current task should leave the processor to another, or has a signal.

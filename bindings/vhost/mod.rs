@@ -18,7 +18,7 @@ mod slow;
 mod used_ring;
 mod virtqueue;
 
-pub(crate) use busy_poll::{busy_clock, Turn};
+pub(crate) use busy_poll::{busy_clock, jiffies, Turn};
 pub(crate) use chain::{Completion, DescChain, Outcomes};
 pub(crate) use completion::CompletionList;
 pub(crate) use device::{Device, DeviceGuard};

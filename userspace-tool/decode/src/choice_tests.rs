@@ -93,6 +93,27 @@ fn it_follows_the_guest() {
 }
 
 #[test]
+fn after_a_pause_it_follows_the_guest_soon() {
+    let mut choice = Choice::default();
+    run(&mut choice, 5000, 1, 1);
+    choice.paused();
+    let by_worker = run(&mut choice, 200, 1, 20);
+    assert!(by_worker > 120, "{by_worker}");
+}
+
+#[test]
+fn a_guest_that_pauses_all_the_time_has_few_trials() {
+    let mut choice = Choice::default();
+    let mut by_worker = 0;
+    for _ in 0..1000 {
+        by_worker += run(&mut choice, 10, 1, 1);
+        choice.paused();
+    }
+    // More than the first ones, and in the end less than one in a hundred.
+    assert!((30..125).contains(&by_worker), "{by_worker}");
+}
+
+#[test]
 fn what_is_refused_goes_to_the_worker_for_a_while() {
     let mut choice = Choice::default();
     let refused = run_refused(&mut choice, 1700, 1);
