@@ -65,7 +65,7 @@ kill_tree() {
 	for child in $(ps -o pid= --ppid "$1"); do
 		kill_tree "$child"
 	done
-	kill "$1" 2>/dev/null || :
+	kill "$1" 2>/dev/null || [[ ! -e /proc/$1 ]] || (as_root kill "$1") 2>/dev/null || :
 }
 
 # Under a lock: two of the same name would share a folder.
