@@ -26,6 +26,11 @@ use crate::memory::{Buffer, Memory, PAGE_SIZE};
 pub const MESSAGE_LEN: usize = 72;
 /// What is translated as a whole, at most.
 const LARGE_PAGE: u64 = 16 * PAGE_SIZE as u64;
+/// Misses to be answered before a translation is taken away, while the device asks for more: what is taken from
+/// a slow device before it could use it would be asked for, and taken away, for ever.
+const ANSWERS: u64 = 8;
+/// A device that asks for nothing for so long does not wait for a translation.
+const IDLE: Duration = Duration::from_millis(20);
 /// Where `struct vhost_iotlb_msg` is in either.
 const BODY: usize = 8;
 
@@ -195,7 +200,8 @@ impl Message {
 pub struct Iotlb {
     /// What its messages look like.
     pub format: Format,
-    /// How often a translation is taken away at random; by default not at all.
+    /// How often a translation is taken away at random, or less often if the device is slow to use them; by
+    /// default not at all.
     pub invalidate_every: Option<Duration>,
     /// Nobody answers misses but the caller.
     pub manual: bool,
@@ -337,7 +343,8 @@ impl Shared {
         .map_err(Error::system("epoll of the device"))?;
         let mut known = Vec::new();
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
-        let mut last = Instant::now();
+        let (mut last_miss, mut last_invalidation) = (Instant::now(), Instant::now());
+        let mut answered = 0;
         while !self.end.load(Ordering::Relaxed) {
             let pause = invalidate_every.map_or(20, |every| every.as_millis().clamp(1, 20));
             let pause = i32::try_from(pause).unwrap_or(20);
@@ -348,10 +355,12 @@ impl Shared {
             };
             let policy = self.policy();
             if ready > 0 {
-                self.answer_all(&policy, &mut known)?;
+                answered += self.answer_all(&policy, &mut known)?;
+                last_miss = Instant::now();
             }
-            if invalidate_every.is_some_and(|every| last.elapsed() >= every) {
-                last = Instant::now();
+            let is_due = invalidate_every.is_some_and(|every| last_invalidation.elapsed() >= every);
+            if is_due && (answered >= ANSWERS || last_miss.elapsed() >= IDLE) {
+                (last_invalidation, answered) = (Instant::now(), 0);
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
@@ -361,12 +370,14 @@ impl Shared {
         Ok(())
     }
 
-    fn answer_all(&self, policy: &Policy, known: &mut Vec<u64>) -> Result<()> {
+    /// Answers the misses that there are, and returns how many.
+    fn answer_all(&self, policy: &Policy, known: &mut Vec<u64>) -> Result<u64> {
+        let mut misses = 0;
         while let Some((message, format)) = receive(&self.file)? {
             if message.kind != Kind::Miss || format != self.format {
                 return Err(Error::Invalid(format!("the device says {message:?}")));
             }
-            self.misses.fetch_add(1, Ordering::Relaxed);
+            misses += 1;
             if self.map(policy, message.iova)? {
                 if known.len() == 256 {
                     known.remove(0);
@@ -374,7 +385,8 @@ impl Shared {
                 known.push(message.iova);
             }
         }
-        Ok(())
+        self.misses.fetch_add(misses, Ordering::Relaxed);
+        Ok(misses)
     }
 
     /// Takes the translation of a page away that was asked for lately, or now and then all.
