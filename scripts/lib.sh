@@ -22,8 +22,8 @@ cache=${XDG_CACHE_HOME:-${HOME:?HOME is not set}/.cache}/vhost-blk
 if [[ $EUID == 0 && -n ${SUDO_USER-} && -z ${XDG_CACHE_HOME-} && -z ${VHOST_BLK_TREE-} ]]; then
 	cache=$(getent passwd "$SUDO_USER" | cut -d : -f 6)/.cache/vhost-blk
 fi
-# With five-level page tables a nested guest dies at boot. Where strings of bytes are said to be fast, kernels copy and
-# clear byte by byte; the emulator takes a step for each, and is half as fast with programs that start others.
+# With five-level page tables a nested guest dies at boot. Where strings of bytes are said to be fast (ERMS, FSRM, FSRS),
+# kernels and libc copy and clear byte by byte, a step of the emulator for each: programs take twice as long to start.
 emulated_cpu=max,la57=off,erms=off,fsrm=off,fsrs=off
 export VHOST_BLK_START=${VHOST_BLK_START:-$EPOCHSECONDS}
 

@@ -29,7 +29,7 @@ const LARGE_PAGE: u64 = 16 * PAGE_SIZE as u64;
 /// Misses to be answered before a translation is taken away, while the device asks for more: what is taken from
 /// a slow device before it could use it would be asked for, and taken away, for ever.
 const ANSWERS: u64 = 8;
-/// A device that asks for nothing for so long does not wait for a translation.
+/// A device that asks for nothing for so long is taken to have what it needs.
 const IDLE: Duration = Duration::from_millis(20);
 /// Where `struct vhost_iotlb_msg` is in either.
 const BODY: usize = 8;
@@ -200,8 +200,8 @@ impl Message {
 pub struct Iotlb {
     /// What its messages look like.
     pub format: Format,
-    /// How often a translation is taken away at random, or less often if the device is slow to use them; by
-    /// default not at all.
+    /// How often, at most, a translation is taken away at random: after it the device has missed eight more, or none
+    /// for 20 ms. By default not at all.
     pub invalidate_every: Option<Duration>,
     /// Nobody answers misses but the caller.
     pub manual: bool,
@@ -378,6 +378,7 @@ impl Shared {
                 return Err(Error::Invalid(format!("the device says {message:?}")));
             }
             misses += 1;
+            self.misses.fetch_add(1, Ordering::Relaxed);
             if self.map(policy, message.iova)? {
                 if known.len() == 256 {
                     known.remove(0);
@@ -385,7 +386,6 @@ impl Shared {
                 known.push(message.iova);
             }
         }
-        self.misses.fetch_add(misses, Ordering::Relaxed);
         Ok(misses)
     }
 

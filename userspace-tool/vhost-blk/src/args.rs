@@ -118,7 +118,7 @@ pub(crate) struct ExerciseArgs {
     /// Have all addresses translated by a device IOTLB that is empty at first
     #[arg(long)]
     iotlb: bool,
-    /// How often a translation is taken away at random
+    /// How often, at most, a translation is taken away at random
     #[arg(long, value_name = "MILLISECONDS", requires = "iotlb",
           value_parser = clap::value_parser!(u64).range(1..))]
     invalidate_ms: Option<u64>,
