@@ -344,7 +344,7 @@ impl Shared {
         let mut known = Vec::new();
         let mut random = 0x9e37_79b9_7f4a_7c15_u64;
         let (mut last_miss, mut last_invalidation) = (Instant::now(), Instant::now());
-        let mut answered = 0;
+        let mut misses_then = 0;
         while !self.end.load(Ordering::Relaxed) {
             let pause = invalidate_every.map_or(20, |every| every.as_millis().clamp(1, 20));
             let pause = i32::try_from(pause).unwrap_or(20);
@@ -355,12 +355,13 @@ impl Shared {
             };
             let policy = self.policy();
             if ready > 0 {
-                answered += self.answer_all(&policy, &mut known)?;
+                self.answer_all(&policy, &mut known)?;
                 last_miss = Instant::now();
             }
             let is_due = invalidate_every.is_some_and(|every| last_invalidation.elapsed() >= every);
-            if is_due && (answered >= ANSWERS || last_miss.elapsed() >= IDLE) {
-                (last_invalidation, answered) = (Instant::now(), 0);
+            let misses = self.misses.load(Ordering::Relaxed);
+            if is_due && (misses - misses_then >= ANSWERS || last_miss.elapsed() >= IDLE) {
+                (last_invalidation, misses_then) = (Instant::now(), misses);
                 random ^= random << 13;
                 random ^= random >> 7;
                 random ^= random << 17;
@@ -370,14 +371,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Answers the misses that there are, and returns how many.
-    fn answer_all(&self, policy: &Policy, known: &mut Vec<u64>) -> Result<u64> {
-        let mut misses = 0;
+    fn answer_all(&self, policy: &Policy, known: &mut Vec<u64>) -> Result<()> {
         while let Some((message, format)) = receive(&self.file)? {
             if message.kind != Kind::Miss || format != self.format {
                 return Err(Error::Invalid(format!("the device says {message:?}")));
             }
-            misses += 1;
             self.misses.fetch_add(1, Ordering::Relaxed);
             if self.map(policy, message.iova)? {
                 if known.len() == 256 {
@@ -386,7 +384,7 @@ impl Shared {
                 known.push(message.iova);
             }
         }
-        Ok(misses)
+        Ok(())
     }
 
     /// Takes the translation of a page away that was asked for lately, or now and then all.
