@@ -69,7 +69,7 @@ pub use device::{Device, RawArg, WorkerMode};
 pub use driver::{Driver, Op, Slots};
 pub use error::{Error, Result};
 pub use guest::{Guest, Options, Workers};
-pub use iotlb::{Iotlb, Translator};
+pub use iotlb::{Counts, Iotlb, Translator};
 pub use memory::{Buffer, Memory, Protection};
 pub use queue::Queue;
 pub use request::{Completion, Cut, Kind, Range, Request, Shape, Status, Zone};
