@@ -26,6 +26,10 @@ module! {
             default: 1,
             description: "Complete requests where the disk does, without a worker: 0 off, 1 on",
         },
+        coalesce_kicks: u32 {
+            default: 1,
+            description: "Ask a guest that goes on adding requests to kick for several: 0 off, 1 on",
+        },
     },
 }
 

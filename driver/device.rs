@@ -92,6 +92,8 @@ pub(crate) struct Settings {
     pin_memory: Atomic<bool>,
     #[pin]
     serial: Mutex<[u8; SERIAL_LEN]>,
+    /// Guests may be asked to kick for several requests.
+    pub(super) coalesces_kicks: bool,
     /// For what the worker must not wait for.
     pub(super) submitter: Submitter,
 }
@@ -102,6 +104,8 @@ impl Settings {
             writeback: Atomic::new(true),
             pin_memory: Atomic::new(false),
             serial <- new_mutex!([0; SERIAL_LEN]),
+            coalesces_kicks:
+                compat::parameter(crate::module_parameters::coalesce_kicks.value()) != 0,
             submitter: Submitter::new(SUBMITTERS)?,
         }? Error)
     }

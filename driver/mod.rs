@@ -22,6 +22,7 @@ mod rest;
 mod segment;
 mod streams;
 mod submit;
+mod threshold;
 mod transfer;
 mod window;
 mod zone;

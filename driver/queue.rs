@@ -20,16 +20,22 @@ use super::{
         self,
         Batch, //
     },
+    threshold::{
+        self,
+        Threshold, //
+    },
     window::Window,
     zone::InZone, //
 };
 use crate::bindings::{
     block,
     vhost::{
+        busy_clock,
         jiffies,
         Completion,
         Idle,
         Operations,
+        Reminded,
         Turn,
         Virtqueue,
         VirtqueueGuard, //
@@ -53,6 +59,9 @@ pub(crate) const BYTE_WEIGHT: i32 = 16 << 20;
 const MOST_WAITING: usize = 16;
 const MOST_WAITING_BYTES: usize = 64 << 10;
 
+/// Most bytes of a request, on average, for several to wait for one kick.
+const COALESCED_BYTES: usize = MOST_WAITING_BYTES / threshold::MOST as usize;
+
 /// Between two kicks, after which the guest may have begun something else.
 const PAUSE_MS: u32 = 100;
 
@@ -73,6 +82,8 @@ pub(crate) struct Queue {
     pub(super) choice: Choice,
     /// When the last kick was handled.
     kicked_at: Jiffies,
+    /// How many requests the guest adds before it kicks.
+    threshold: Threshold,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -90,6 +101,7 @@ impl Queue {
             streams: Streams::default(),
             choice: Choice::default(),
             kicked_at: jiffies(),
+            threshold: Threshold::default(),
             window: Window::default(),
             idle_since: None,
         }
@@ -103,6 +115,7 @@ impl Queue {
         self.large_reports = 0;
         self.streams = Streams::default();
         self.choice = Choice::default();
+        self.threshold = Threshold::default();
         self.window = Window::default();
         self.idle_since = None;
     }
@@ -150,6 +163,8 @@ impl Operations for Queue {
         complete::completions(&mut guard);
         let starved = core::mem::take(&mut guard.data_mut().starved);
         if starved || poll::window(&guard) != 0 {
+            // Fetching asks for a kick for each.
+            guard.take_reminder();
             run(&mut guard, turn);
         } else {
             poll::idle(&mut guard);
@@ -160,25 +175,66 @@ impl Operations for Queue {
 /// Handles a kick.
 fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     poll::woken(guard);
-    let batch = run(guard, turn);
-    if !guard.takes_direct_kicks() {
-        return;
-    }
     let queue = guard.data_mut();
     let now = jiffies();
     let ticks = now.wrapping_sub(queue.kicked_at);
     queue.kicked_at = now;
-    let choice = &mut queue.choice;
     // Mostly none: that spares the call.
     if ticks > 0 && ticks >= msecs_to_jiffies(PAUSE_MS) {
-        choice.paused();
+        queue.choice.paused();
+        queue.threshold = Threshold::default();
     }
+    let reminder = guard.take_reminder();
+    let batch = run(guard, turn);
+    coalesce(guard, &batch, reminder);
+    if reminder == Reminded::Yes || !guard.takes_direct_kicks() {
+        return;
+    }
+    let choice = &mut guard.data_mut().choice;
     let next = if batch.refused {
         choice.refused()
     } else {
         choice.handled(by, batch.requests)
     };
     guard.set_direct_kick(next == Handler::Kicker);
+}
+
+/// Learns what a kick was for, or that none came, and asks the guest to add several requests before the next, if that
+/// is for the best: they are small, and nothing is in flight that it could wait for.
+#[inline]
+fn coalesce(guard: &mut VirtqueueGuard<'_, Queue>, batch: &Batch, reminder: Reminded) {
+    let found = batch.requests;
+    if !guard.data().settings.coalesces_kicks || (found == 0 && reminder == Reminded::No) {
+        return;
+    }
+    let is_done = guard.is_all_complete();
+    let threshold = &mut guard.data_mut().threshold;
+    if !is_done {
+        return threshold.failed(found);
+    }
+    match (reminder, threshold.next()) {
+        (Reminded::Yes, Some((requests, _))) if found < requests as usize => {
+            threshold.failed(found);
+            if found == 0 {
+                // It has nothing to do.
+                return;
+            }
+        }
+        // Nothing came, or some of it, and the ring was looked at for another reason.
+        (Reminded::NotYet, _) if found == 0 => (),
+        _ => threshold.kicked(found, busy_clock),
+    }
+    let Some((requests, ns)) = threshold.next() else {
+        return;
+    };
+    let small = batch.bytes <= found * COALESCED_BYTES;
+    let asked = if small && guard.busyloop_timeout() == 0 {
+        // CAST: It is at most `threshold::MOST`, and at most `threshold::LONGEST`.
+        guard.kick_after(requests as u16, Delta::from_nanos(ns as i64))
+    } else {
+        None
+    };
+    guard.data_mut().threshold.asked(asked.map(u32::from));
 }
 
 /// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had. Returns what that

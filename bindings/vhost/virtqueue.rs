@@ -31,6 +31,11 @@ use super::{
         Log,
         LogArray, //
     },
+    reminder::{
+        Armed,
+        Reminded,
+        Reminder, //
+    },
     request::{
         Direct,
         Owner,
@@ -181,6 +186,10 @@ struct Inner<T: Operations> {
     abandoned: bool,
     /// The rings are to be mapped, so that requests can be completed without the worker.
     direct: bool,
+    /// What has the worker look at the ring if the guest is not asked to kick for each request.
+    reminder: Option<Arc<Reminder>>,
+    /// That it does, until this is dropped.
+    armed: Option<Armed>,
 }
 
 /// What a virtqueue last missed in the device IOTLB.
@@ -234,7 +243,8 @@ impl<T: Operations> Virtqueue<T> {
             * (size_of::<raw::vhost_log>() + size_of::<raw::vring_used_elem>() + size_of::<u16>())
         + size_of::<IoVec>() * MAX_IOVECS
         + BioSet::RESERVE_BYTES
-        + size_of::<DirectKick<T>>().next_power_of_two();
+        + size_of::<DirectKick<T>>().next_power_of_two()
+        + size_of::<Reminder>().next_power_of_two();
 
     /// Bytes of memory of each slot.
     pub(crate) const SLOT_BYTES: usize = size_of::<Slot<T::Request>>();
@@ -281,6 +291,8 @@ impl<T: Operations> Virtqueue<T> {
                 progress: false,
                 abandoned: false,
                 direct: false,
+                reminder: None,
+                armed: None,
             }),
         }? Error)
     }
@@ -716,6 +728,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         let log = self.features() & (1 << uapi::feature::LOG_ALL) != 0;
         let log = LogArray::new(log, max_iovecs)?;
 
+        let reminder = Reminder::new(self.vq.as_raw())?;
+
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held. The core takes any pointer but null for 'a backend runs'.
         unsafe { (*raw).private_data = raw.cast() };
@@ -738,6 +752,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.abandoned = false;
         inner.stopped = None;
         inner.direct = direct;
+        inner.reminder = Some(reminder);
         self.vq.slow.resume();
         self.map_rings();
         self.attach_direct_kick();
@@ -790,6 +805,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     pub(crate) fn stop(&mut self) {
         // SAFETY: The mutex is held.
         unsafe { (*self.vq.as_raw()).private_data = core::ptr::null_mut() };
+        // Before the worker is waited for: it is not called any more.
+        self.inner_mut().armed = None;
         self.inner_mut().stopped.get_or_insert_with(Instant::now);
     }
 
@@ -832,6 +849,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.log = LogArray::OFF;
         inner.backend = None;
         inner.memory = None;
+        inner.reminder = None;
         self.set_rings(None);
     }
 
@@ -977,6 +995,68 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     pub(crate) fn set_direct_kick(&self, wanted: bool) {
         if let Some(direct_kick) = self.vq.handler_of_direct_kicks() {
             direct_kick.set_wanted(wanted);
+        }
+    }
+
+    /// Asks a guest that kicks when it adds a request to kick only when it has added `requests`, or half as many as fit
+    /// its ring, and lets the worker look after `within` whatever was added. Returns how many it was asked for; `None` if
+    /// it cannot be asked, or is not to kick at all.
+    ///
+    /// Context: may sleep; waits for the callback of an earlier timer, which takes no lock that the caller may hold.
+    ///
+    /// Source: virtio 1.3, 2.7.10: `avail_event`.
+    pub(crate) fn kick_after(&mut self, requests: u16, within: Delta) -> Option<u16> {
+        const EVENT_IDX: u64 = 1 << uapi::feature::EVENT_IDX;
+        if self.features() & EVENT_IDX == 0 || !self.is_running() || self.leaves_to_core() {
+            return None;
+        }
+        let little_endian = self.is_little_endian();
+        let raw = self.vq.as_raw();
+        // SAFETY: The mutex is held.
+        let (flags, next, num, used) =
+            unsafe { ((*raw).used_flags, (*raw).avail_idx, (*raw).num, (*raw).used) };
+        // CAST: A ring that runs has at most `MAX_QUEUE_SIZE` descriptors.
+        let requests = requests.min(num as u16 / 2);
+        if requests < 2 || u32::from(flags) & raw::VRING_USED_F_NO_NOTIFY != 0 {
+            return None;
+        }
+        let reminder = self.inner().reminder.clone()?;
+        let inner = self.inner_mut();
+        // Before it is armed again.
+        inner.armed = None;
+        // SAFETY: A virtqueue that runs is part of a device, and `stop()`, which drops what is armed, comes before
+        // that goes. There is no older one.
+        inner.armed = Some(unsafe { reminder.arm(within) });
+
+        let event = next.wrapping_add(requests.wrapping_sub(1));
+        let event = if little_endian {
+            event.to_le()
+        } else {
+            event.to_be()
+        };
+        let at = USED_RING + num as usize * size_of::<raw::vring_used_elem>();
+        // SAFETY: A backend runs, so there is a ring, whose addresses are the owner's; what is not fails. The guest
+        // kicks as it was told before, then.
+        unsafe {
+            raw::rust_helper_put_user_u16(event, used.cast::<u8>().wrapping_add(at).cast());
+        }
+        Some(requests)
+    }
+
+    /// Stops what [`VirtqueueGuard::kick_after`] began, and says whether the worker was called because of it. To be
+    /// called before chains are fetched, after which the guest kicks for each request again.
+    ///
+    /// Context: may wait for the callback of the timer, which takes no lock that the caller may hold.
+    #[inline]
+    pub(crate) fn take_reminder(&mut self) -> Reminded {
+        let inner = self.inner_mut();
+        if inner.armed.is_none() {
+            return Reminded::No;
+        }
+        inner.armed = None;
+        match &inner.reminder {
+            Some(reminder) if reminder.take_due() => Reminded::Yes,
+            _ => Reminded::NotYet,
         }
     }
 

@@ -247,9 +247,9 @@ def specification():
     conformance.test(OPTIONS.tool)
 
 
-# All by the worker, and one of both.
+# All by the worker, and one of both, without a kick for several requests.
 WORKER = ("direct_submission=0", "direct_completion=0")
-DIRECT_SUBMISSION = ("direct_completion=0",)
+DIRECT_SUBMISSION = ("direct_completion=0", "coalesce_kicks=0")
 DIRECT_COMPLETION = ("direct_submission=0",)
 # The longest there is; what an emulated host's worker waits for often takes longer.
 POLL = "--poll-us=1000"

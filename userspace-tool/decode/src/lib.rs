@@ -22,6 +22,9 @@ mod segment;
 #[path = "../../../driver/streams.rs"]
 mod streams;
 #[cfg(test)]
+#[path = "../../../driver/threshold.rs"]
+mod threshold;
+#[cfg(test)]
 #[path = "../../../driver/transfer.rs"]
 mod transfer;
 #[cfg(test)]
@@ -41,6 +44,8 @@ mod request_tests;
 mod segment_tests;
 #[cfg(test)]
 mod streams_tests;
+#[cfg(test)]
+mod threshold_tests;
 #[cfg(test)]
 mod transfer_tests;
 #[cfg(test)]

@@ -620,12 +620,30 @@ impl Ring {
         // device does the same the other way round.
         fence(Ordering::SeqCst);
         if self.event_idx {
-            let event = self.load_u16(self.parts.used.at(4 + 8 * usize::from(self.size)))?;
-            Ok(need_event(event, self.published, old))
+            Ok(need_event(self.avail_event()?, self.published, old))
         } else {
             let flags = self.load_u16(self.parts.used.at(0))?;
             Ok(self.published != old && flags & USED_F_NO_NOTIFY == 0)
         }
+    }
+
+    /// For how many more chains the device wants to be kicked: `None` if it wants no kick, or without
+    /// `VIRTIO_RING_F_EVENT_IDX`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Access`], if the ring's memory was taken away.
+    pub fn wanted(&self) -> Result<Option<u16>> {
+        if !self.event_idx {
+            return Ok(None);
+        }
+        let ahead = self.avail_event()?.wrapping_sub(self.published);
+        Ok((ahead < self.size).then_some(ahead + 1))
+    }
+
+    /// The index after which the device wants to be kicked.
+    fn avail_event(&self) -> Result<u16> {
+        self.load_u16(self.parts.used.at(4 + 8 * usize::from(self.size)))
     }
 
     /// Kicks the device.

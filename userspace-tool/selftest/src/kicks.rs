@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use vhost_blk_ring::{Guest, Memory, Request, Shape, Status, event_descriptor, write_and_close};
 
 use crate::check::{self, UsedLen};
@@ -45,6 +45,11 @@ pub(crate) const TESTS: &[Test] = &[
         "the task that kicks submits requests of up to 128 KiB, the worker larger ones",
         sizes
     ),
+    test!(
+        "kicks.coalesced",
+        "a guest that goes on is asked to kick for several requests, and served if it adds fewer",
+        coalesced
+    ),
 ];
 
 /// How long a kick may take: less than the narrow disk takes for a request.
@@ -52,6 +57,12 @@ const SOON: Duration = Duration::from_millis(500);
 
 /// How long the disk gets to be busy.
 const LATER: Duration = Duration::from_millis(200);
+
+/// How often fewer requests are added than were asked for.
+const ROUNDS: u32 = 24;
+
+/// What a request may take where several are asked for: less than half of the longest that four of them may wait for.
+const SOON_ENOUGH: Duration = Duration::from_micros(200);
 
 /// How many times that is tried: a slow host may take any time now and then, but one that waits does so each time.
 const TRIES: usize = 3;
@@ -263,4 +274,115 @@ fn sizes(context: &Context) -> Result<()> {
     // What the block layer would cut might have to wait.
     check(&narrow, most, 0, true)?;
     check(&narrow, most + 4096, 0, false)
+}
+
+/// Adds requests, two at once, until the device wants a kick for them, and waits for all. Returns how many there were.
+fn one_kick(guest: &mut Guest) -> Result<usize> {
+    let queue = guest.queue(0);
+    for n in 0..32 {
+        for sector in [16 * n, 16 * n + 8] {
+            queue.submit(Request::read(sector, 4096), &Shape::default())?;
+        }
+        if queue.ring.publish()? {
+            break;
+        }
+    }
+    queue.ring.kick()?;
+    let done = queue.wait_all(PATIENCE)?;
+    for done in &done {
+        check::outcome("a read", done, Status::Ok, UsedLen::Full)?;
+    }
+    Ok(done.len())
+}
+
+/// Goes on adding requests until the device asks for several more than two before it is kicked, which it may do
+/// where they are complete at once, and there soon. Returns how many it asks for; `None` if they are not there soon.
+fn asked(context: &Context, guest: &mut Guest) -> Result<Option<u16>> {
+    let begin = Instant::now();
+    let mut requests = 0;
+    while begin.elapsed() < PATIENCE {
+        requests += one_kick(guest)?;
+        match guest.queue(0).ring.wanted()? {
+            Some(wanted) if wanted > 2 => return Ok(Some(wanted)),
+            _ => (),
+        }
+    }
+    let each = begin.elapsed() / u32::try_from(requests)?;
+    if each > SOON_ENOUGH {
+        context.step(format_args!("{each:?} for a request"));
+        return Ok(None);
+    }
+    if !context.disk_path().starts_with("/dev/ram0") {
+        return skip("the disk may take its time");
+    }
+    bail!("{requests} requests, of {each:?} each, and each two of them kicked for")
+}
+
+/// Adds fewer requests than the device has asked for. Returns whether it has not been kicked for them.
+fn add_fewer(guest: &mut Guest, wanted: u16) -> Result<bool> {
+    let queue = guest.queue(0);
+    for n in 1..wanted {
+        queue.submit(Request::read(8 * u64::from(n), 4096), &Shape::default())?;
+        if queue.ring.publish()? {
+            // It looked at the ring meanwhile, and wants to be kicked again.
+            queue.ring.kick()?;
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn coalesced(context: &Context) -> Result<()> {
+    let mut guest = context.started(|_| ())?;
+    ensure!(guest.queue(0).ring.event_idx(), "EVENT_IDX is not on offer");
+    // A guest that waits for each request must not be asked.
+    for n in 0..1000 {
+        let queue = guest.queue(0);
+        let done = queue.run(Request::read(0, 4096), &Shape::default(), PATIENCE)?;
+        check::outcome(n, &done, Status::Ok, UsedLen::Full)?;
+        let wanted = queue.ring.wanted()?;
+        ensure!(
+            wanted.is_none_or(|wanted| wanted == 1),
+            "request {n}: {wanted:?} more wanted"
+        );
+    }
+
+    // Nobody kicks: they are looked for all the same, whether or not the device is stopped meanwhile, which also has it
+    // forget what it learned.
+    let (mut served, mut stopped) = (0, 0);
+    for round in 0..ROUNDS {
+        context.step(format_args!("round {round}"));
+        let Some(wanted) = asked(context, &mut guest)? else {
+            return skip("too slow");
+        };
+        let unkicked = add_fewer(&mut guest, wanted)?;
+        if round % 2 == 0 {
+            let bases = guest.stop()?;
+            let ring = &guest.queue(0).ring;
+            let untouched = ring.used_idx()? == ring.last_used();
+            guest.resume(context.disk()?, &bases)?;
+            stopped += u32::from(unkicked && untouched);
+        } else {
+            served += u32::from(unkicked);
+        }
+        let done = guest.queue(0).wait_all(PATIENCE).context("nobody kicked")?;
+        for done in done {
+            check::outcome("not kicked for", &done, Status::Ok, UsedLen::Full)?;
+        }
+    }
+    ensure!(
+        served > 0 && stopped > 0,
+        "of {ROUNDS} rounds {served} without a kick, {stopped} stopped before anybody looked"
+    );
+
+    // Closed by who did not kick.
+    for _ in 0..3 {
+        let Some(wanted) = asked(context, &mut guest)? else {
+            return skip("too slow");
+        };
+        add_fewer(&mut guest, wanted)?;
+        drop(guest);
+        guest = context.started(|_| ())?;
+    }
+    Ok(())
 }

@@ -1,0 +1,383 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `driver/threshold.rs`.
+
+use crate::threshold::{Threshold, LONGEST, MOST};
+
+/// A guest on a disk that is done when the kick returns.
+#[derive(Clone, Copy)]
+struct Guest {
+    /// Requests that it adds for one kick if it is not asked for more, and before it waits for the first.
+    usual: u32,
+    most: u32,
+    /// Nanoseconds for each.
+    pace: u64,
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+struct Seen {
+    requests: u64,
+    kicks: u64,
+    late: u64,
+    /// Nanoseconds that passed, and that were waited for in vain.
+    time: u64,
+    waited: u64,
+}
+
+const MICROSECOND: u64 = 1000;
+
+impl Guest {
+    /// Lets it kick so many times, or be looked at without, from a time on.
+    fn run(self, threshold: &mut Threshold, now: &mut u64, times: usize) -> Seen {
+        let mut seen = Seen::default();
+        let begin = *now;
+        for _ in 0..times {
+            let (wanted, within) = ask(threshold).unwrap_or((1, 0));
+            if wanted > self.most {
+                seen.late += 1;
+                seen.waited += within;
+                *now += within;
+                seen.requests += u64::from(self.most);
+                threshold.failed(self.most as usize);
+                continue;
+            }
+            let found = wanted.next_multiple_of(self.usual);
+            seen.kicks += 1;
+            *now += u64::from(found) * self.pace;
+            seen.requests += u64::from(found);
+            threshold.kicked(found as usize, || *now);
+        }
+        seen.time = *now - begin;
+        seen
+    }
+}
+
+/// Asks as many as the threshold says.
+fn ask(threshold: &mut Threshold) -> Option<(u32, u64)> {
+    let next = threshold.next();
+    if let Some((requests, _)) = next {
+        threshold.asked(Some(requests));
+    }
+    next
+}
+
+/// How many it says now.
+fn requests(threshold: &Threshold) -> u32 {
+    threshold.next().map_or(1, |(requests, _)| requests)
+}
+
+/// Several were found for a kick, as a worker may that came late, or a guest that added several at once.
+fn shown(threshold: &mut Threshold) {
+    threshold.kicked(2, || 0);
+}
+
+/// A guest that goes on whatever happens.
+const GOES_ON: Guest = Guest {
+    usual: 1,
+    most: 32,
+    pace: 5 * MICROSECOND,
+};
+
+/// A threshold that has learned that the guest goes on, and the time.
+fn learned() -> (Threshold, u64) {
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    shown(&mut threshold);
+    GOES_ON.run(&mut threshold, &mut now, 1000);
+    assert_eq!(requests(&threshold), MOST);
+    (threshold, now)
+}
+
+#[test]
+fn one_request_at_a_time_is_never_held_up() {
+    let mut threshold = Threshold::default();
+    let guest = Guest {
+        usual: 1,
+        most: 1,
+        pace: 5 * MICROSECOND,
+    };
+    let seen = guest.run(&mut threshold, &mut 0, 100_000);
+    assert_eq!(seen.late, 0, "{seen:?}");
+    assert!(threshold.next().is_none());
+}
+
+#[test]
+fn the_clock_is_not_read_for_one_request_at_a_time() {
+    let mut threshold = Threshold::default();
+    threshold.kicked(1, || unreachable!("nobody needs it"));
+    threshold.kicked(0, || unreachable!("nobody needs it"));
+    // As many as that are there without being asked for.
+    threshold.kicked(MOST as usize, || unreachable!("nobody needs it"));
+}
+
+#[test]
+fn a_guest_that_goes_on_kicks_for_several() {
+    for most in [MOST, 32, 256] {
+        for pace in [1, 5, 200] {
+            let mut threshold = Threshold::default();
+            let mut now = 0;
+            let guest = Guest {
+                usual: 1,
+                most,
+                pace: pace * MICROSECOND,
+            };
+            shown(&mut threshold);
+            guest.run(&mut threshold, &mut now, 200);
+            let seen = guest.run(&mut threshold, &mut now, 10_000);
+            assert_eq!(seen.late, 0, "{pace}: {seen:?}");
+            // But for trials of less.
+            assert!(10 * seen.requests > 75 * seen.kicks, "{pace}: {seen:?}");
+        }
+    }
+}
+
+#[test]
+fn no_more_is_asked_for_than_the_guest_adds() {
+    for most in 2..MOST {
+        let mut threshold = Threshold::default();
+        let mut now = 0;
+        let guest = Guest {
+            usual: 1,
+            most,
+            pace: 5 * MICROSECOND,
+        };
+        shown(&mut threshold);
+        let first = guest.run(&mut threshold, &mut now, 400);
+        assert!(first.late < 8, "{most}: {first:?}");
+        let seen = guest.run(&mut threshold, &mut now, 20_000);
+        // Not more than one in a thousand.
+        assert!(1000 * seen.late < seen.kicks, "{most}: {seen:?}");
+        assert!(
+            seen.requests > seen.kicks * u64::from(most) / 2,
+            "{most}: {seen:?}"
+        );
+    }
+}
+
+#[test]
+fn what_comes_without_being_asked_for_is_not_asked_for() {
+    for usual in 2..MOST {
+        let mut threshold = Threshold::default();
+        let mut now = 0;
+        let guest = Guest {
+            usual,
+            most: usual,
+            pace: 5 * MICROSECOND,
+        };
+        guest.run(&mut threshold, &mut now, 1000);
+        let seen = guest.run(&mut threshold, &mut now, 20_000);
+        assert!(seen.late < 10, "{usual}: {seen:?}");
+        assert!(threshold.next().is_none(), "{usual}");
+    }
+}
+
+#[test]
+fn a_guest_that_begins_to_wait_is_held_up_a_few_times() {
+    let (mut threshold, mut now) = learned();
+    let waits = Guest {
+        usual: 1,
+        most: 1,
+        pace: 20 * MICROSECOND,
+    };
+    let seen = waits.run(&mut threshold, &mut now, 10_000);
+    assert!(seen.late < 10, "{seen:?}");
+    assert!(seen.waited < 600 * MICROSECOND, "{seen:?}");
+    assert!(threshold.next().is_none());
+}
+
+#[test]
+fn a_slow_guest_is_not_asked() {
+    let mut threshold = Threshold::default();
+    shown(&mut threshold);
+    let guest = Guest {
+        pace: LONGEST / 2 + 1,
+        ..GOES_ON
+    };
+    guest.run(&mut threshold, &mut 0, 1000);
+    assert!(threshold.next().is_none());
+}
+
+#[test]
+fn nothing_waits_longer_than_it_may() {
+    let mut threshold = Threshold::default();
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut now = 0u64;
+    let mut asked = 0;
+    for n in 0..1_000_000 {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        // Clocks of other processors, and pauses, among them.
+        now = match random % 1000 {
+            0 => random,
+            1 => now.wrapping_sub(random % 10_000),
+            _ => now.wrapping_add(random % 20_000),
+        };
+        let wanted = threshold.next();
+        if let Some((requests, within)) = wanted {
+            asked += 1;
+            assert!((2..=MOST).contains(&requests) && (1..=LONGEST).contains(&within));
+            threshold.asked(((random >> 40) % 4 != 0).then_some(requests));
+        }
+        // Now a guest that goes on, then one that does anything.
+        let found = if n % 2000 < 1000 {
+            wanted.map_or(n % 2 + 1, |(requests, _)| requests as usize)
+        } else {
+            (random >> 32) as usize % 20
+        };
+        if (random >> 48) % 20 == 0 {
+            threshold.failed(found);
+        } else {
+            threshold.kicked(found, || now);
+        }
+    }
+    assert!(asked > 100, "{asked}");
+}
+
+#[test]
+fn a_disk_that_takes_its_time_is_not_waited_for() {
+    for done_at_once in [1, 2, 3] {
+        let mut threshold = Threshold::default();
+        let mut now = 0;
+        let mut asked = 0;
+        for n in 0..10_000 {
+            now += 5 * MICROSECOND;
+            if n % (done_at_once + 1) == 0 {
+                threshold.failed(1);
+            } else {
+                threshold.kicked(2, || now);
+            }
+            asked += u32::from(ask(&mut threshold).is_some());
+        }
+        assert_eq!(asked, 0, "{done_at_once}");
+    }
+}
+
+#[test]
+fn a_guest_that_has_little_to_do_is_not_asked_for_long() {
+    let (mut threshold, mut now) = learned();
+    let mut looks = 0;
+    for _ in 0..100 {
+        now += LONGEST;
+        // It was asked, and added nothing in time. Then it kicks for one, as nobody asked for more.
+        if ask(&mut threshold).is_some() {
+            threshold.failed(0);
+            looks += 1;
+        }
+        threshold.kicked(1, || now);
+    }
+    assert!(looks < 10, "{looks}");
+}
+
+#[test]
+fn kicks_that_nobody_asked_for_make_up_for_nothing() {
+    let (mut threshold, mut now) = learned();
+    let mut late = 0;
+    for _ in 0..100 {
+        // Large ones, for which it is not asked to wait, and a small one.
+        for _ in 0..4 {
+            now += 10 * MICROSECOND;
+            threshold.asked(None);
+            threshold.kicked(1, || now);
+        }
+        if ask(&mut threshold).is_some() {
+            threshold.failed(1);
+            late += 1;
+        }
+    }
+    assert!(late < 10, "{late}");
+}
+
+/// Lets a guest that goes on kick so many times, whose pace depends on what it is asked for, and is disturbed for a
+/// millisecond once in so many kicks. Returns how many requests there were for a kick, in hundredths, and the
+/// nanoseconds for each.
+fn paced(
+    threshold: &mut Threshold,
+    now: &mut u64,
+    kicks: u32,
+    disturbed: u32,
+    pace: impl Fn(u32) -> u64,
+) -> (u64, u64) {
+    let begin = *now;
+    let mut found = 0;
+    for n in 1..=kicks {
+        let wanted = ask(threshold).map_or(1, |(requests, _)| requests);
+        found += u64::from(wanted);
+        *now += u64::from(wanted) * pace(wanted);
+        if n % disturbed == 0 {
+            *now += 1000 * MICROSECOND;
+        }
+        threshold.kicked(wanted as usize, || *now);
+        if n % 512 == 0 {
+            shown(threshold);
+        }
+    }
+    (100 * found / u64::from(kicks), (*now - begin) / found)
+}
+
+#[test]
+fn what_makes_it_slower_is_not_asked_for() {
+    for (slower, disturbed) in [
+        (15, u32::MAX),
+        (15, 1000),
+        (15, 100),
+        (11, u32::MAX),
+        (11, 1000),
+    ] {
+        // As of several who wait for each other: each step makes it slower.
+        let pace = |wanted: u32| 10 * MICROSECOND * (slower_by(slower, wanted)) / 1000;
+        let mut threshold = Threshold::default();
+        let mut now = 0;
+        shown(&mut threshold);
+        paced(&mut threshold, &mut now, 1000, disturbed, pace);
+        let (found, _) = paced(&mut threshold, &mut now, 50_000, disturbed, pace);
+        assert!(found < 110, "{slower}, {disturbed}: {found}");
+    }
+}
+
+/// The thousandths that it takes if each step takes `slower` tenths of the time of the one before.
+fn slower_by(slower: u64, wanted: u32) -> u64 {
+    (0..wanted.ilog2()).fold(1000, |pace, _| pace * slower / 10)
+}
+
+#[test]
+fn a_guest_that_is_faster_without_it_is_asked_no_more() {
+    let (mut threshold, mut now) = learned();
+    // It is late for nothing, but each step makes it slower.
+    let pace = |wanted| 10 * MICROSECOND * slower_by(15, wanted) / 1000;
+    paced(&mut threshold, &mut now, 10_000, u32::MAX, pace);
+    let (found, _) = paced(&mut threshold, &mut now, 10_000, u32::MAX, pace);
+    assert!(found < 110, "{found}");
+}
+
+#[test]
+fn what_makes_it_faster_is_found_though_it_is_disturbed() {
+    // An exit for each kick.
+    let pace = |wanted| 2 * MICROSECOND + 4 * MICROSECOND / u64::from(wanted);
+    for disturbed in [u32::MAX, 1000, 200] {
+        let mut threshold = Threshold::default();
+        let mut now = 0;
+        shown(&mut threshold);
+        paced(&mut threshold, &mut now, 5000, disturbed, pace);
+        let (found, _) = paced(&mut threshold, &mut now, 50_000, disturbed, pace);
+        assert!(found > 700, "{disturbed}: {found}");
+    }
+}
+
+#[test]
+fn who_is_late_for_many_is_asked_for_fewer() {
+    let (mut threshold, mut now) = learned();
+    let guest = Guest {
+        most: 5,
+        pace: 200 * MICROSECOND,
+        ..GOES_ON
+    };
+    guest.run(&mut threshold, &mut now, 1000);
+    let seen = guest.run(&mut threshold, &mut now, 1000);
+    assert!(seen.late < 20, "{seen:?}");
+    assert!(seen.requests > 3 * seen.kicks, "{seen:?}");
+    // It has time for them.
+    let (requests, within) = threshold.next().unwrap();
+    assert!(within > u64::from(requests) * guest.pace);
+}
