@@ -220,8 +220,7 @@ fn coalesce(guard: &mut VirtqueueGuard<'_, Queue>, batch: &Batch, reminder: Remi
                 return;
             }
         }
-        // Nothing came, or some of it, and the ring was looked at for another reason.
-        (Reminded::NotYet, _) if found == 0 => (),
+        // Or nothing came, and the ring was looked at for another reason.
         _ => threshold.kicked(found, busy_clock),
     }
     let Some((requests, ns)) = threshold.next() else {

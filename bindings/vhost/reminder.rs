@@ -40,7 +40,7 @@ use kernel::{
 pub(super) struct Reminder {
     #[pin]
     timer: HrTimer<Self>,
-    /// It was time since this was last read.
+    /// It was time since it was last armed.
     due: Atomic<bool>,
     vq: *mut raw::vhost_virtqueue,
 }
@@ -94,10 +94,10 @@ impl Reminder {
         Armed(self.start(within))
     }
 
-    /// Whether it was time since this was last asked.
+    /// Whether it was time since it was last armed. For good once the [`Armed`] is dropped.
     #[inline]
-    pub(super) fn take_due(&self) -> bool {
-        self.due.load(ordering::Relaxed) && self.due.xchg(false, ordering::Relaxed)
+    pub(super) fn is_due(&self) -> bool {
+        self.due.load(ordering::Relaxed)
     }
 }
 

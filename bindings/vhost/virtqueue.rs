@@ -1010,11 +1010,9 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         if self.features() & EVENT_IDX == 0 || !self.is_running() || self.leaves_to_core() {
             return None;
         }
-        let little_endian = self.is_little_endian();
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held.
-        let (flags, next, num, used) =
-            unsafe { ((*raw).used_flags, (*raw).avail_idx, (*raw).num, (*raw).used) };
+        let (flags, next, num) = unsafe { ((*raw).used_flags, (*raw).avail_idx, (*raw).num) };
         // CAST: A ring that runs has at most `MAX_QUEUE_SIZE` descriptors.
         let requests = requests.min(num as u16 / 2);
         if requests < 2 || u32::from(flags) & raw::VRING_USED_F_NO_NOTIFY != 0 {
@@ -1029,18 +1027,37 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         inner.armed = Some(unsafe { reminder.arm(within) });
 
         let event = next.wrapping_add(requests.wrapping_sub(1));
-        let event = if little_endian {
-            event.to_le()
-        } else {
-            event.to_be()
-        };
         let at = USED_RING + num as usize * size_of::<raw::vring_used_elem>();
-        // SAFETY: A backend runs, so there is a ring, whose addresses are the owner's; what is not fails. The guest
-        // kicks as it was told before, then.
-        unsafe {
-            raw::rust_helper_put_user_u16(event, used.cast::<u8>().wrapping_add(at).cast());
-        }
+        // If it cannot be written the guest kicks as it was told before.
+        let _ = self.put_used_index(event, at);
         Some(requests)
+    }
+
+    /// Writes an index into the used ring, `at` bytes from its start, in the guest's byte order.
+    ///
+    /// Context: as for the core's access to the ring; may sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT`.
+    #[inline]
+    fn put_used_index(&self, index: u16, at: usize) -> Result {
+        let index = if self.is_little_endian() {
+            index.to_le()
+        } else {
+            index.to_be()
+        };
+        // SAFETY: The mutex is held, under which the core changes the ring's address. It is the owner's; what is not
+        // fails.
+        let written = unsafe {
+            let used = (*self.vq.as_raw()).used.cast::<u8>();
+            raw::rust_helper_put_user_u16(index, used.wrapping_add(at).cast())
+        };
+        if written {
+            Ok(())
+        } else {
+            Err(EFAULT)
+        }
     }
 
     /// Stops what [`VirtqueueGuard::kick_after`] began, and says whether the worker was called because of it. To be
@@ -1055,7 +1072,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         }
         inner.armed = None;
         match &inner.reminder {
-            Some(reminder) if reminder.take_due() => Reminded::Yes,
+            Some(reminder) if reminder.is_due() => Reminded::Yes,
             _ => Reminded::NotYet,
         }
     }
@@ -1443,14 +1460,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     ///
     /// `EFAULT`.
     fn add_used_one(&mut self, element: &raw::vring_used_elem) -> Result {
-        let little_endian = self.is_little_endian();
         // The order of its fields in memory.
         let entry = u64::from(element.id.to_le()) | u64::from(element.len.to_le()) << 32;
         let raw = self.vq.as_raw();
 
         // SAFETY: The mutex is held, under which the core uses the virtqueue's fields. A chain was fetched,
         // so there is a ring, whose addresses are the owner's; what is not fails.
-        unsafe {
+        let new = unsafe {
             let old = (*raw).last_used_idx;
             let slot = u32::from(old) & (*raw).num.wrapping_sub(1);
             let used = (*raw).used.cast::<u8>();
@@ -1464,18 +1480,11 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
                 // Once around, without a word to the guest: what it was told last says nothing any more.
                 (*raw).signalled_used_valid = false;
             }
-            // The guest reads the index first.
-            smp_wmb();
-            let index = if little_endian {
-                new.to_le()
-            } else {
-                new.to_be()
-            };
-            if !raw::rust_helper_put_user_u16(index, used.wrapping_add(USED_IDX).cast()) {
-                return Err(EFAULT);
-            }
-        }
-        Ok(())
+            new
+        };
+        // The guest reads the index first.
+        smp_wmb();
+        self.put_used_index(new, USED_IDX)
     }
 
     /// Drops all completed and deferred requests without telling the guest, for when nobody is left
