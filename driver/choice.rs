@@ -121,6 +121,12 @@ impl Choice {
         }
     }
 
+    /// Learns that the guest kicks for another number of requests from now on, whoever handles that: the other one is
+    /// tried soon.
+    pub(crate) fn kicks_changed(&mut self) {
+        self.left = self.left.min(LEAST);
+    }
+
     /// Learns that a kick was handled, and that `requests` were found. Returns who is to handle the next one.
     pub(crate) fn handled(&mut self, by: Handler, requests: usize) -> Handler {
         if requests == 0 {
@@ -185,7 +191,8 @@ impl Choice {
         }
     }
 
-    fn next(&self) -> Handler {
+    /// Who is to handle the next kick.
+    pub(crate) fn next(&self) -> Handler {
         if self.refused > 0 {
             return Handler::Worker;
         }

@@ -84,6 +84,8 @@ pub(crate) struct Queue {
     kicked_at: Jiffies,
     /// How many requests the guest adds before it kicks.
     threshold: Threshold,
+    /// How many it was asked for, if it has not kicked since.
+    asked: Option<u16>,
     /// How long to poll when there is nothing to do.
     pub(super) window: Window,
     /// Since when there has been nothing to do, by `busy_clock()`, if user space wants polling.
@@ -102,6 +104,7 @@ impl Queue {
             choice: Choice::default(),
             kicked_at: jiffies(),
             threshold: Threshold::default(),
+            asked: None,
             window: Window::default(),
             idle_since: None,
         }
@@ -116,6 +119,7 @@ impl Queue {
         self.streams = Streams::default();
         self.choice = Choice::default();
         self.threshold = Threshold::default();
+        self.asked = None;
         self.window = Window::default();
         self.idle_since = None;
     }
@@ -163,9 +167,8 @@ impl Operations for Queue {
         complete::completions(&mut guard);
         let starved = core::mem::take(&mut guard.data_mut().starved);
         if starved || poll::window(&guard) != 0 {
-            // Fetching asks for a kick for each.
-            guard.take_reminder();
-            run(&mut guard, turn);
+            let in_time = wanted(&mut guard).in_time;
+            run(&mut guard, turn, in_time);
         } else {
             poll::idle(&mut guard);
         }
@@ -182,58 +185,94 @@ fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     // Mostly none: that spares the call.
     if ticks > 0 && ticks >= msecs_to_jiffies(PAUSE_MS) {
         queue.choice.paused();
-        queue.threshold = Threshold::default();
+        queue.threshold.paused();
     }
-    let reminder = guard.take_reminder();
-    let batch = run(guard, turn);
-    coalesce(guard, &batch, reminder);
-    if reminder == Reminded::Yes || !guard.takes_direct_kicks() {
+    let wanted = wanted(guard);
+    let batch = run(guard, turn, wanted.in_time);
+    learn(guard, batch.requests, &wanted);
+    if wanted.reminder == Reminded::Yes || !guard.takes_direct_kicks() {
         return;
     }
-    let choice = &mut guard.data_mut().choice;
+    let queue = guard.data_mut();
     let next = if batch.refused {
-        choice.refused()
+        queue.choice.refused()
+    } else if queue.threshold.is_trying() {
+        // One is tried at a time.
+        queue.choice.next()
     } else {
-        choice.handled(by, batch.requests)
+        queue.choice.handled(by, batch.requests)
     };
     guard.set_direct_kick(next == Handler::Kicker);
 }
 
-/// Learns what a kick was for, or that none came, and asks the guest to add several requests before the next, if that
-/// is for the best: they are small, and nothing is in flight that it could wait for.
+/// What is wanted of the guest when the ring is looked at.
+struct Wanted {
+    /// Requests that it was asked for, if it was.
+    asked: Option<u16>,
+    /// Whether it had time to add them.
+    reminder: Reminded,
+    /// The fewest that it has to have added by now.
+    in_time: usize,
+}
+
+/// Says what is wanted of the guest, and stops the timer that waits for it.
 #[inline]
-fn coalesce(guard: &mut VirtqueueGuard<'_, Queue>, batch: &Batch, reminder: Reminded) {
-    let found = batch.requests;
-    if !guard.data().settings.coalesces_kicks || (found == 0 && reminder == Reminded::No) {
+fn wanted(guard: &mut VirtqueueGuard<'_, Queue>) -> Wanted {
+    let asked = guard.data_mut().asked.take();
+    let reminder = guard.take_reminder();
+    let in_time = match (reminder, asked) {
+        (Reminded::Yes, Some(asked)) => asked.into(),
+        _ => 0,
+    };
+    Wanted {
+        asked,
+        reminder,
+        in_time,
+    }
+}
+
+/// How many requests the guest is to add before it kicks again, and within which time, after `batch`: `None` if it is
+/// to kick for each.
+///
+/// It is asked only if requests are small and nothing is in flight that it could wait for, and not right after it was
+/// late.
+#[inline]
+fn ask(
+    guard: &mut VirtqueueGuard<'_, Queue>,
+    batch: &Batch,
+    in_time: usize,
+) -> Option<(u16, Delta)> {
+    let (requests, ns) = guard.data().threshold.next()?;
+    if batch.requests < in_time || !guard.is_all_complete() {
+        return None;
+    }
+    let small = batch.bytes <= batch.requests * COALESCED_BYTES;
+    if !small || guard.busyloop_timeout() != 0 || !guard.can_ask_for(requests) {
+        guard.data_mut().threshold.cannot_ask();
+        return None;
+    }
+    // CAST: It is at most `threshold::LONGEST`.
+    Some((requests, Delta::from_nanos(ns as i64)))
+}
+
+/// Learns that `found` requests were there when the ring was looked at.
+#[inline]
+fn learn(guard: &mut VirtqueueGuard<'_, Queue>, found: usize, wanted: &Wanted) {
+    if !guard.data().settings.coalesces_kicks || (found == 0 && wanted.in_time == 0) {
         return;
     }
     let is_done = guard.is_all_complete();
-    let threshold = &mut guard.data_mut().threshold;
-    if !is_done {
-        return threshold.failed(found);
-    }
-    match (reminder, threshold.next()) {
-        (Reminded::Yes, Some((requests, _))) if found < requests as usize => {
-            threshold.failed(found);
-            if found == 0 {
-                // It has nothing to do.
-                return;
-            }
-        }
-        // Or nothing came, and the ring was looked at for another reason.
-        _ => threshold.kicked(found, busy_clock),
-    }
-    let Some((requests, ns)) = threshold.next() else {
-        return;
-    };
-    let small = batch.bytes <= found * COALESCED_BYTES;
-    let asked = if small && guard.busyloop_timeout() == 0 {
-        // CAST: It is at most `threshold::MOST`, and at most `threshold::LONGEST`.
-        guard.kick_after(requests as u16, Delta::from_nanos(ns as i64))
+    let queue = guard.data_mut();
+    let before = queue.threshold.settled();
+    if !is_done || found < wanted.in_time {
+        queue.threshold.failed(found);
     } else {
-        None
-    };
-    guard.data_mut().threshold.asked(asked.map(u32::from));
+        let by = queue.choice.next();
+        queue.threshold.kicked(found, wanted.asked, by, busy_clock);
+    }
+    if queue.threshold.settled() != before {
+        queue.choice.kicks_changed();
+    }
 }
 
 /// Fetches and submits until the ring is empty, the worker's turn is over, or nothing can be had. Returns what that
@@ -241,9 +280,9 @@ fn coalesce(guard: &mut VirtqueueGuard<'_, Queue>, batch: &Batch, reminder: Remi
 ///
 /// What completes within its own submission, or in a softirq of this processor behind it, is completed here,
 /// before the worker sleeps or the task goes on, and so is what comes while it polls.
-fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn) -> Batch {
+fn run(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, in_time: usize) -> Batch {
     let mut batch = Batch::default();
-    fetch(guard, turn, &mut batch);
+    fetch(guard, turn, in_time, &mut batch);
     batch
 }
 
@@ -258,7 +297,7 @@ fn may_wait(guard: &VirtqueueGuard<'_, Queue>, batch: &Batch, shown: &Batch) -> 
     requests != 0 && little && guard.is_all_complete()
 }
 
-fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) {
+fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, in_time: usize, batch: &mut Batch) {
     let Some(mut ring) = guard.disable_notify() else {
         // What was complete may have waited for the device IOTLB.
         complete::completions(guard);
@@ -282,8 +321,16 @@ fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, batch: &mut Batch) 
                 if poll::poll(&mut ring, turn) {
                     continue;
                 }
-                match ring.enable() {
-                    Idle::Yes => return guard.signal_used(),
+                let asked = ask(ring.guard(), batch, in_time);
+                let idle = match asked {
+                    Some((requests, within)) => ring.enable_after(requests, within),
+                    None => ring.enable(),
+                };
+                match idle {
+                    Idle::Yes => {
+                        guard.data_mut().asked = asked.map(|(requests, _)| requests);
+                        return guard.signal_used();
+                    }
                     Idle::No(again) => ring = again,
                 }
                 poll::work_came(ring.guard());

@@ -4,23 +4,30 @@
 //!
 //! Pure code without kernel types, compiled again for the tests in user space.
 
+use super::choice::Handler;
+
 /// Most requests that it is asked to add.
-pub(crate) const MOST: u32 = 8;
+pub(crate) const MOST: u16 = 8;
 
 /// The shortest and the longest time that one of them waits for the others, in nanoseconds. Less than the shortest is
 /// not worth a timer.
 const SHORTEST: u64 = 20_000;
-pub(crate) const LONGEST: u64 = 2_000_000;
+pub(crate) const LONGEST: u64 = 10_000_000;
 
 /// Fewest and most kicks from one trial to the next: few after one that was worth it.
-const SOON: u32 = 2 * STRETCH + 1;
+const SOON: u32 = STRETCH + 1;
 const RARE: u32 = 4096;
 
-/// Kicks over which the pace is measured, and that a trial takes.
+/// Kicks over which the pace is measured, and that a trial takes: not those that nobody asked for. After so many of them
+/// it is given up.
 const STRETCH: u32 = 16;
+const MOST_UNASKED: u32 = 2 * STRETCH;
 
 /// Kicks in time that make up for one that did not come.
 const PRICE: u32 = 4;
+
+/// The same if it has added nothing, so that nothing waited.
+const PRICE_OF_NONE: u32 = 2;
 
 /// Most kicks in time that can be set off against such that do not come.
 const CREDIT: u32 = 4 * PRICE;
@@ -39,14 +46,13 @@ const ONE: u64 = 16;
 /// For whoever holds the virtqueue's mutex.
 pub(crate) struct Threshold {
     /// Requests that are asked for now.
-    requests: u32,
-    /// Requests that the guest was asked for last, if it has not kicked since.
-    asked: Option<u32>,
+    requests: u16,
     /// Requests that were asked for before the trial that is on.
-    before: Option<u32>,
+    before: Option<u16>,
     /// More is tried next, not less.
     more_next: bool,
-    /// Several were found for a kick that nobody asked for, since it was seen last that the guest waits.
+    /// Several were found for a kick that nobody asked for, since it was seen last that the guest waits. That outlives
+    /// a pause.
     goes_on: bool,
     /// Requests found for such a kick, on average.
     usual: u64,
@@ -55,8 +61,14 @@ pub(crate) struct Threshold {
     interval: u32,
     /// Kicks that came in time, less what had to be made up for.
     credit: u32,
+    /// Kicks that nobody asked for since it was said how many to ask for.
+    unasked: u32,
     stretch: Stretch,
-    /// Nanoseconds from a request to the next, in the last two stretches without trials in vain; 0 if unknown.
+    /// Who is to handle the kicks that it measures.
+    by: Handler,
+    /// The pace below is theirs.
+    is_measured: bool,
+    /// Nanoseconds from a request to the next, in the last two stretches without trials in vain; 0 if there was none.
     paces: [u64; 2],
 }
 
@@ -96,7 +108,6 @@ impl Default for Threshold {
     fn default() -> Self {
         Self {
             requests: 1,
-            asked: None,
             before: None,
             more_next: true,
             goes_on: false,
@@ -104,61 +115,95 @@ impl Default for Threshold {
             left: SOON,
             interval: SOON,
             credit: 0,
+            unasked: 0,
             stretch: Stretch::default(),
+            by: Handler::Kicker,
+            is_measured: false,
             paces: [0; 2],
         }
     }
 }
 
 impl Threshold {
-    /// Learns how many requests the guest was asked for after [`Threshold::next`] said how many to ask for: `None` if
-    /// it was not asked.
-    pub(crate) fn asked(&mut self, requests: Option<u32>) {
-        self.asked = requests;
-        if requests.is_none() {
-            // That says nothing.
-            self.abandon_trial();
-        }
+    /// Learns that the guest paused before the last kick. What comes may be another load.
+    pub(crate) fn paused(&mut self) {
+        *self = Self {
+            goes_on: self.goes_on,
+            ..Self::default()
+        };
     }
 
-    /// Learns that the guest kicked for `found` requests, and that they are complete. `now` is called where the time
-    /// matters, and says the nanoseconds since some time.
+    /// Learns that it could not be asked.
+    pub(crate) fn cannot_ask(&mut self) {
+        self.abandon_trial();
+    }
+
+    /// Whether it tries to ask for more or fewer.
     #[inline]
-    pub(crate) fn kicked(&mut self, found: usize, now: impl FnOnce() -> u64) {
-        let asked = self.asked.take();
-        let several = asked.is_none() && (2..MOST as usize).contains(&found);
+    pub(crate) fn is_trying(&self) -> bool {
+        self.before.is_some()
+    }
+
+    /// How many requests it asks for, but for a trial that is on.
+    #[inline]
+    pub(crate) fn settled(&self) -> u16 {
+        self.before.unwrap_or(self.requests)
+    }
+
+    /// Learns that the guest kicked for `found` requests, which are complete, for how many it was `asked`, if it was,
+    /// and who was to handle that. `now` is called where the time matters, and says the nanoseconds since some time.
+    #[inline]
+    pub(crate) fn kicked(
+        &mut self,
+        found: usize,
+        asked: Option<u16>,
+        by: Handler,
+        now: impl FnOnce() -> u64,
+    ) {
+        let several = asked.is_none() && (2..MOST.into()).contains(&found);
         if found > 0 && (self.goes_on || several) {
             self.goes_on = true;
-            self.came(found as u64, asked, now());
+            self.came(found as u64, asked, by, now());
         }
     }
 
-    fn came(&mut self, found: u64, asked: Option<u32>, now: u64) {
+    fn came(&mut self, found: u64, asked: Option<u16>, by: Handler, now: u64) {
         if self.requests == 1 {
             self.usual = (self.usual * (PARTS - 1) + found * ONE + PARTS / 2) / PARTS;
         } else if asked.is_none_or(|asked| found < asked.into()) {
-            // Nobody asked for that kick.
+            self.unasked = self.unasked.saturating_add(1);
+            if self.is_trying() && self.unasked > MOST_UNASKED {
+                self.end_trial();
+            }
             return;
+        }
+        if by != self.by {
+            // It has its own pace.
+            self.abandon_trial();
+            self.by = by;
+            self.stretch = Stretch::default();
+            self.is_measured = false;
         }
         self.credit = (self.credit + 1).min(CREDIT);
         self.left = self.left.saturating_sub(1);
         if let Some(pace) = self.stretch.add(found, now) {
             self.measured(pace);
         }
-        if self.left == 0 && self.before.is_none() {
+        if self.left == 0 && self.before.is_none() && self.is_measured {
             self.begin_trial();
         }
     }
 
     /// Learns the pace of a stretch.
     fn measured(&mut self, pace: u64) {
-        let Some(before) = self.before else {
-            self.paces = [pace, self.paces[0]];
-            return;
-        };
         if pace == 0 {
             return self.abandon_trial();
         }
+        let Some(before) = self.before else {
+            self.paces = [pace, if self.is_measured { self.paces[0] } else { 0 }];
+            self.is_measured = true;
+            return;
+        };
         // Kicks for more requests cost less; fewer have to be worth it.
         let usual = self.pace();
         let is_better = if self.requests > before {
@@ -179,7 +224,7 @@ impl Threshold {
 
     fn begin_trial(&mut self) {
         let more = self.more();
-        let can_more = more <= MOST && self.pace() != 0 && self.pace() * u64::from(more) <= LONGEST;
+        let can_more = more <= MOST && self.time(more) <= LONGEST;
         let is_more = can_more && (self.more_next || self.requests == 1);
         if !is_more && self.requests == 1 {
             return;
@@ -192,15 +237,21 @@ impl Threshold {
     /// Learns that it was wrong, or would be, to ask for several: the guest did not kick in time, and had added `found`
     /// requests, or may wait for one that is in flight.
     pub(crate) fn failed(&mut self, found: usize) {
-        self.asked = None;
         self.stretch.found += found as u64;
-        if self.credit >= PRICE {
-            self.credit -= PRICE;
-        } else if self.before.is_some() {
+        let price = if found == 0 { PRICE_OF_NONE } else { PRICE };
+        if self.credit >= price {
+            self.credit -= price;
+            return;
+        }
+        // Who is late for fewer is late for more.
+        let more_or_none = |before| found == 0 || before < self.requests;
+        if self.before.is_some_and(more_or_none) {
             self.end_trial();
         } else {
+            self.before = None;
             self.ask_for_fewer(self.requests / 2);
         }
+        self.goes_on &= found == 0 || self.requests > 1;
     }
 
     /// Ends a trial that was not worth it.
@@ -212,31 +263,38 @@ impl Threshold {
     fn abandon_trial(&mut self) {
         if let Some(before) = self.before.take() {
             self.ask_for_fewer(before);
+            // It had come in time for as many.
+            self.credit = PRICE;
         }
     }
 
     /// Asks for as many as these, unless that many come without being asked for.
-    fn ask_for_fewer(&mut self, requests: u32) {
+    fn ask_for_fewer(&mut self, requests: u16) {
         let is_usual = u64::from(requests) * ONE <= self.usual + ONE / 2;
         self.ask_for(if is_usual { 1 } else { requests });
         self.left = self.interval;
-        self.goes_on = self.requests > 1;
     }
 
-    fn ask_for(&mut self, requests: u32) {
+    fn ask_for(&mut self, requests: u16) {
         self.requests = requests;
         self.credit = 0;
+        self.unasked = 0;
         self.stretch = Stretch::default();
     }
 
     /// How many requests to ask for, and after how many nanoseconds to look whatever was added; `None` if the guest
     /// is to kick for each.
     #[inline]
-    pub(crate) fn next(&self) -> Option<(u32, u64)> {
+    pub(crate) fn next(&self) -> Option<(u16, u64)> {
         (self.requests > 1).then(|| {
-            let time = 2 * self.pace() * u64::from(self.requests);
+            let time = self.time(self.requests);
             (self.requests, time.clamp(SHORTEST, LONGEST))
         })
+    }
+
+    /// Nanoseconds that a guest gets for so many: twice what it takes.
+    fn time(&self, requests: u16) -> u64 {
+        2 * self.pace() * u64::from(requests)
     }
 
     /// The pace without trials: the better of two stretches, as one may have been interrupted.
@@ -248,12 +306,12 @@ impl Threshold {
     }
 
     /// The next larger number to ask for.
-    fn more(&self) -> u32 {
+    fn more(&self) -> u16 {
         if self.requests > 1 {
             2 * self.requests
         } else {
             // CAST: At most `MOST`.
-            (((self.usual + ONE / 2) / ONE).min(MOST.into()) as u32 + 1).next_power_of_two()
+            (((self.usual + ONE / 2) / ONE).min(MOST.into()) as u16 + 1).next_power_of_two()
         }
     }
 }

@@ -10,7 +10,10 @@ use super::{
         VirtqueueGuard, //
     },
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    time::Delta, //
+};
 
 /// Why no chain could be fetched.
 pub(crate) enum FetchError {
@@ -37,9 +40,9 @@ pub(super) struct Fetched {
     pub(super) log: Option<KBox<Log>>,
 }
 
-/// What [`NotifyDisabled::enable`] found.
+/// What [`NotifyDisabled::enable`] or [`NotifyDisabled::enable_after`] found.
 pub(crate) enum Idle<N> {
-    /// Nothing: the guest kicks when it adds buffers.
+    /// Nothing, or less than it was asked for: the guest kicks when it has added that.
     Yes,
     /// Buffers that came meanwhile; notifications are off again.
     No(N),
@@ -47,7 +50,7 @@ pub(crate) enum Idle<N> {
 
 /// A locked virtqueue whose guest was told not to kick, the only state in which the core fetches.
 ///
-/// It is left by [`NotifyDisabled::enable`], when nothing is left to fetch, or by
+/// It is left by [`NotifyDisabled::enable`] or [`NotifyDisabled::enable_after`], when nothing is left to fetch, or by
 /// [`NotifyDisabled::requeue`], [`NotifyDisabled::wait_for_completion`] or
 /// [`NotifyDisabled::wait_for_iotlb`], when something is.
 ///
@@ -89,6 +92,18 @@ impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
     pub(crate) fn enable(self) -> Idle<Self> {
         if self.guard.enable_notify() {
             // Fetching switches them off again.
+            Idle::No(self)
+        } else {
+            Idle::Yes
+        }
+    }
+
+    /// Lets the guest kick when it has added `requests`, and the worker look after `within` whatever was added,
+    /// unless so many are there already. If that cannot be it is as [`NotifyDisabled::enable`].
+    ///
+    /// Context: may sleep; waits for the callback of an earlier timer, which takes no lock that the caller may hold.
+    pub(crate) fn enable_after(self, requests: u16, within: Delta) -> Idle<Self> {
+        if self.guard.enable_notify_after(requests, within) {
             Idle::No(self)
         } else {
             Idle::Yes

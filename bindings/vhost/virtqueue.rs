@@ -59,7 +59,10 @@ use crate::bindings::{
         Op,
         PendingBios, //
     },
-    compat::smp_wmb,
+    compat::{
+        smp_mb,
+        smp_wmb, //
+    },
     iov::{
         self,
         IoVec, //
@@ -998,39 +1001,61 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         }
     }
 
-    /// Asks a guest that kicks when it adds a request to kick only when it has added `requests`, or half as many as fit
-    /// its ring, and lets the worker look after `within` whatever was added. Returns how many it was asked for; `None` if
-    /// it cannot be asked, or is not to kick at all.
+    /// Whether a guest can be asked to add `requests` before it kicks: there are places for twice as many in its ring,
+    /// it lets itself be asked, and the core has no part in that.
+    #[inline]
+    pub(crate) fn can_ask_for(&self, requests: u16) -> bool {
+        const EVENT_IDX: u64 = 1 << uapi::feature::EVENT_IDX;
+        // SAFETY: The mutex is held, under which it changes.
+        let num = unsafe { (*self.vq.as_raw()).num };
+        self.features() & EVENT_IDX != 0
+            && self.is_running()
+            && !self.leaves_to_core()
+            && self.inner().reminder.is_some()
+            && (2..=num / 2).contains(&u32::from(requests))
+    }
+
+    /// Lets the guest kick when it has added `requests`, and the worker look after `within` whatever was added. Returns
+    /// whether so many are there. Where [`VirtqueueGuard::can_ask_for`] does not hold it is as
+    /// [`VirtqueueGuard::enable_notify`].
     ///
     /// Context: may sleep; waits for the callback of an earlier timer, which takes no lock that the caller may hold.
     ///
-    /// Source: virtio 1.3, 2.7.10: `avail_event`.
-    pub(crate) fn kick_after(&mut self, requests: u16, within: Delta) -> Option<u16> {
-        const EVENT_IDX: u64 = 1 << uapi::feature::EVENT_IDX;
-        if self.features() & EVENT_IDX == 0 || !self.is_running() || self.leaves_to_core() {
-            return None;
-        }
+    /// Source: virtio 1.3, 2.7.10: `avail_event`. `vhost_enable_notify()`, which lets it kick for the next one, in
+    /// `drivers/vhost/vhost.c`.
+    pub(super) fn enable_notify_after(&mut self, requests: u16, within: Delta) -> bool {
+        let reminder = self.inner().reminder.clone();
+        let Some(reminder) = reminder.filter(|_| self.can_ask_for(requests)) else {
+            return self.enable_notify();
+        };
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held.
-        let (flags, next, num) = unsafe { ((*raw).used_flags, (*raw).avail_idx, (*raw).num) };
-        // CAST: A ring that runs has at most `MAX_QUEUE_SIZE` descriptors.
-        let requests = requests.min(num as u16 / 2);
-        if requests < 2 || u32::from(flags) & raw::VRING_USED_F_NO_NOTIFY != 0 {
-            return None;
+        let (next, num) = unsafe { ((*raw).last_avail_idx, (*raw).num) };
+        let event = next.wrapping_add(requests.wrapping_sub(1));
+        let at = USED_RING + num as usize * size_of::<raw::vring_used_elem>();
+        if self.put_used_index(event, at).is_err() {
+            return self.enable_notify();
         }
-        let reminder = self.inner().reminder.clone()?;
+        // Between the index that the guest reads and the one that it writes: either it sees that it has to kick, or this
+        // sees what it added.
+        smp_mb();
+        let is_empty = self.avail_empty();
+        // SAFETY: The mutex is held, under which the core uses these. `avail_idx` is what was read last of the guest's: as
+        // if it had not been read, it is when the next chain is fetched.
+        unsafe {
+            if !is_empty && (*raw).avail_idx.wrapping_sub(next) >= requests {
+                return true;
+            }
+            (*raw).avail_idx = next;
+            (*raw).used_flags &= !(raw::VRING_USED_F_NO_NOTIFY as u16);
+        }
         let inner = self.inner_mut();
         // Before it is armed again.
         inner.armed = None;
         // SAFETY: A virtqueue that runs is part of a device, and `stop()`, which drops what is armed, comes before
         // that goes. There is no older one.
         inner.armed = Some(unsafe { reminder.arm(within) });
-
-        let event = next.wrapping_add(requests.wrapping_sub(1));
-        let at = USED_RING + num as usize * size_of::<raw::vring_used_elem>();
-        // If it cannot be written the guest kicks as it was told before.
-        let _ = self.put_used_index(event, at);
-        Some(requests)
+        false
     }
 
     /// Writes an index into the used ring, `at` bytes from its start, in the guest's byte order.
@@ -1060,8 +1085,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         }
     }
 
-    /// Stops what [`VirtqueueGuard::kick_after`] began, and says whether the worker was called because of it. To be
-    /// called before chains are fetched, after which the guest kicks for each request again.
+    /// Stops what [`VirtqueueGuard::enable_notify_after`] began, and says whether the worker was called because of it.
+    /// To be called before chains are fetched.
     ///
     /// Context: may wait for the callback of the timer, which takes no lock that the caller may hold.
     #[inline]

@@ -149,3 +149,13 @@ fn what_is_refused_does_not_keep_the_worker_from_being_chosen() {
     let refused = run_refused(&mut Choice::default(), 2000, 30);
     assert!(refused < 12, "{refused}");
 }
+
+#[test]
+fn the_other_one_is_tried_soon_when_kicks_are_for_more() {
+    let mut choice = Choice::default();
+    assert!(run(&mut choice, 10_000, 1, 20) > 9_000);
+    // Each finds as many from now on.
+    choice.kicks_changed();
+    let by_worker = run(&mut choice, 200, 8, 8);
+    assert!((10..50).contains(&by_worker), "{by_worker}");
+}

@@ -2,6 +2,7 @@
 
 //! Tests of `driver/threshold.rs`.
 
+use crate::choice::Handler;
 use crate::threshold::{Threshold, LONGEST, MOST};
 
 /// A guest on a disk that is done when the kick returns.
@@ -31,8 +32,10 @@ impl Guest {
     fn run(self, threshold: &mut Threshold, now: &mut u64, times: usize) -> Seen {
         let mut seen = Seen::default();
         for _ in 0..times {
-            let (wanted, within) = ask(threshold).unwrap_or((1, 0));
+            let asked = threshold.next();
+            let wanted = requests(threshold);
             if wanted > self.most {
+                let within = asked.map_or(0, |(_, within)| within);
                 seen.late += 1;
                 seen.waited += within;
                 *now += within;
@@ -44,29 +47,31 @@ impl Guest {
             seen.kicks += 1;
             *now += u64::from(found) * self.pace;
             seen.requests += u64::from(found);
-            threshold.kicked(found as usize, || *now);
+            kicked(threshold, found as usize, *now);
         }
         seen
     }
 }
 
-/// Asks as many as the threshold says.
-fn ask(threshold: &mut Threshold) -> Option<(u32, u64)> {
-    let next = threshold.next();
-    if let Some((requests, _)) = next {
-        threshold.asked(Some(requests));
-    }
-    next
+/// The guest has kicked for so many requests, as it was asked to.
+fn kicked(threshold: &mut Threshold, found: usize, now: u64) {
+    let asked = threshold.next().map(|(requests, _)| requests);
+    threshold.kicked(found, asked, Handler::Kicker, || now);
+}
+
+/// It has kicked for so many that nobody asked for.
+fn unasked(threshold: &mut Threshold, found: usize, now: u64) {
+    threshold.kicked(found, None, Handler::Kicker, || now);
 }
 
 /// How many it says now.
 fn requests(threshold: &Threshold) -> u32 {
-    threshold.next().map_or(1, |(requests, _)| requests)
+    threshold.next().map_or(1, |(requests, _)| requests.into())
 }
 
 /// Several were found for a kick, as a worker may that came late, or a guest that added several at once.
 fn shown(threshold: &mut Threshold) {
-    threshold.kicked(2, || 0);
+    unasked(threshold, 2, 0);
 }
 
 /// A guest that goes on whatever happens.
@@ -82,7 +87,8 @@ fn learned() -> (Threshold, u64) {
     let mut now = 0;
     shown(&mut threshold);
     GOES_ON.run(&mut threshold, &mut now, 1000);
-    assert_eq!(requests(&threshold), MOST);
+    assert_eq!(requests(&threshold), u32::from(MOST));
+    assert_eq!(threshold.settled(), MOST);
     (threshold, now)
 }
 
@@ -98,15 +104,17 @@ fn one_request_at_a_time_is_never_held_up() {
 #[test]
 fn the_clock_is_not_read_for_one_request_at_a_time() {
     let mut threshold = Threshold::default();
-    threshold.kicked(1, || unreachable!("nobody needs it"));
-    threshold.kicked(0, || unreachable!("nobody needs it"));
-    // As many as that are there without being asked for.
-    threshold.kicked(MOST as usize, || unreachable!("nobody needs it"));
+    // One, none, and as many as that without being asked for.
+    for found in [1, 0, MOST.into()] {
+        threshold.kicked(found, None, Handler::Kicker, || {
+            unreachable!("nobody needs it")
+        });
+    }
 }
 
 #[test]
 fn a_guest_that_goes_on_kicks_for_several() {
-    for most in [MOST, 32, 256] {
+    for most in [MOST.into(), 32, 256] {
         for pace in [1, 5, 200] {
             let mut threshold = Threshold::default();
             let mut now = 0;
@@ -127,7 +135,7 @@ fn a_guest_that_goes_on_kicks_for_several() {
 
 #[test]
 fn no_more_is_asked_for_than_the_guest_adds() {
-    for most in 2..MOST {
+    for most in 2..MOST.into() {
         let mut threshold = Threshold::default();
         let mut now = 0;
         let guest = Guest { most, ..GOES_ON };
@@ -146,7 +154,7 @@ fn no_more_is_asked_for_than_the_guest_adds() {
 
 #[test]
 fn what_comes_without_being_asked_for_is_not_asked_for() {
-    for usual in 2..MOST {
+    for usual in 2..MOST.into() {
         let mut threshold = Threshold::default();
         let mut now = 0;
         let guest = Guest {
@@ -207,8 +215,15 @@ fn nothing_waits_longer_than_it_may() {
         if let Some((requests, within)) = wanted {
             asked += 1;
             assert!((2..=MOST).contains(&requests) && (1..=LONGEST).contains(&within));
-            threshold.asked(((random >> 40) % 4 != 0).then_some(requests));
+            if (random >> 40) % 4 == 0 {
+                threshold.cannot_ask();
+            }
         }
+        let by = if (random >> 44) % 100 == 0 {
+            Handler::Worker
+        } else {
+            Handler::Kicker
+        };
         // Now a guest that goes on, then one that does anything.
         let found = if n % 2000 < 1000 {
             wanted.map_or(n % 2 + 1, |(requests, _)| requests as usize)
@@ -218,7 +233,8 @@ fn nothing_waits_longer_than_it_may() {
         if (random >> 48) % 20 == 0 {
             threshold.failed(found);
         } else {
-            threshold.kicked(found, || now);
+            let wanted = wanted.map(|(requests, _)| requests);
+            threshold.kicked(found, wanted, by, || now);
         }
     }
     assert!(asked > 100, "{asked}");
@@ -235,9 +251,9 @@ fn a_disk_that_takes_its_time_is_not_waited_for() {
             if n % (done_at_once + 1) == 0 {
                 threshold.failed(1);
             } else {
-                threshold.kicked(2, || now);
+                kicked(&mut threshold, 2, now);
             }
-            asked += u32::from(ask(&mut threshold).is_some());
+            asked += u32::from(threshold.next().is_some());
         }
         assert_eq!(asked, 0, "{done_at_once}");
     }
@@ -250,13 +266,13 @@ fn a_guest_that_has_little_to_do_is_not_asked_for_long() {
     for _ in 0..100 {
         now += LONGEST;
         // It was asked, and added nothing in time. Then it kicks for one, as nobody asked for more.
-        if ask(&mut threshold).is_some() {
+        if threshold.next().is_some() {
             threshold.failed(0);
             looks += 1;
         }
-        threshold.kicked(1, || now);
+        unasked(&mut threshold, 1, now);
     }
-    assert!(looks < 10, "{looks}");
+    assert!(looks < 12, "{looks}");
 }
 
 #[test]
@@ -267,10 +283,10 @@ fn kicks_that_nobody_asked_for_make_up_for_nothing() {
         // Large ones, for which it is not asked to wait, and a small one.
         for _ in 0..4 {
             now += 10 * MICROSECOND;
-            threshold.asked(None);
-            threshold.kicked(1, || now);
+            threshold.cannot_ask();
+            unasked(&mut threshold, 1, now);
         }
-        if ask(&mut threshold).is_some() {
+        if threshold.next().is_some() {
             threshold.failed(1);
             late += 1;
         }
@@ -289,14 +305,13 @@ fn paced(
 ) -> u64 {
     let mut found = 0;
     for n in 1..=kicks {
-        ask(threshold);
         let wanted = requests(threshold);
         found += u64::from(wanted);
         *now += u64::from(wanted) * pace(wanted);
         if n % disturbed == 0 {
             *now += 1000 * MICROSECOND;
         }
-        threshold.kicked(wanted as usize, || *now);
+        kicked(threshold, wanted as usize, *now);
         if n % 512 == 0 {
             shown(threshold);
         }
@@ -368,4 +383,125 @@ fn who_is_late_for_many_is_asked_for_fewer() {
     // It has time for them.
     let (requests, within) = threshold.next().unwrap();
     assert!(within > u64::from(requests) * guest.pace);
+}
+
+#[test]
+fn what_it_does_is_remembered_over_a_pause() {
+    let (mut threshold, mut now) = learned();
+    threshold.paused();
+    assert!(threshold.next().is_none());
+    // Nobody has to show it again.
+    GOES_ON.run(&mut threshold, &mut now, 100);
+    assert_eq!(requests(&threshold), u32::from(MOST));
+    // One that waits is held up once, however often it pauses.
+    let waits = Guest { most: 1, ..GOES_ON };
+    let mut late = 0;
+    for _ in 0..100 {
+        threshold.paused();
+        late += waits.run(&mut threshold, &mut now, 100).late;
+    }
+    assert_eq!(late, 1);
+}
+
+/// Lets a guest kick so many times for what it is asked for, each step of which makes it slower by half, whoever handles
+/// that. Returns the most that it was asked for.
+fn slower(threshold: &mut Threshold, now: &mut u64, by: Handler, kicks: u32, pace: u64) -> u32 {
+    let mut most = 1;
+    for _ in 0..kicks {
+        let wanted = requests(threshold);
+        most = most.max(wanted);
+        *now += u64::from(wanted) * pace * slower_by(15, wanted) / 1000;
+        let asked = threshold.next().map(|(requests, _)| requests);
+        threshold.kicked(wanted as usize, asked, by, || *now);
+    }
+    most
+}
+
+#[test]
+fn a_trial_is_measured_by_the_pace_of_who_handles_it() {
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    shown(&mut threshold);
+    // The pace of the slower one, and then a trial of the faster one, which is better than that.
+    slower(
+        &mut threshold,
+        &mut now,
+        Handler::Kicker,
+        16,
+        20 * MICROSECOND,
+    );
+    let most = slower(
+        &mut threshold,
+        &mut now,
+        Handler::Worker,
+        1000,
+        5 * MICROSECOND,
+    );
+    assert_eq!(most, 2);
+}
+
+#[test]
+fn who_comes_in_the_middle_of_a_trial_ends_it() {
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    shown(&mut threshold);
+    while !threshold.is_trying() {
+        GOES_ON.run(&mut threshold, &mut now, 1);
+    }
+    assert_eq!(threshold.settled(), 1);
+    let asked = threshold.next().map(|(requests, _)| requests);
+    threshold.kicked(2, asked, Handler::Worker, || now);
+    assert!(!threshold.is_trying());
+    // Nothing is known of its pace.
+    slower(&mut threshold, &mut now, Handler::Worker, 15, MICROSECOND);
+    assert!(!threshold.is_trying());
+}
+
+#[test]
+fn a_look_in_vain_now_and_then_is_no_reason_to_ask_for_less() {
+    let (mut threshold, mut now) = learned();
+    let mut found = 0;
+    for _ in 0..1000 {
+        found += GOES_ON.run(&mut threshold, &mut now, 7).requests;
+        threshold.failed(0);
+        unasked(&mut threshold, 1, now);
+    }
+    assert!(found > 7 * 1000 * 7, "{found}");
+}
+
+#[test]
+fn a_trial_is_over_soon() {
+    // Nobody else learns anything meanwhile.
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    let mut trying = 0;
+    let mut trials = 0;
+    shown(&mut threshold);
+    for n in 0..100_000 {
+        // Each is late now and then, more or less often.
+        if n % 100 < n / 1000 && requests(&threshold) > 1 {
+            threshold.failed(1);
+        } else {
+            GOES_ON.run(&mut threshold, &mut now, 1);
+        }
+        trying = if threshold.is_trying() { trying + 1 } else { 0 };
+        trials += u32::from(trying == 1);
+        assert!(trying < 32, "{n}");
+    }
+    assert!(trials > 10, "{trials}");
+}
+
+#[test]
+fn a_guest_that_kicks_unasked_ends_a_trial() {
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    shown(&mut threshold);
+    let mut trying = 0;
+    for _ in 0..100_000 {
+        now += GOES_ON.pace;
+        // It may be asked for more, and kicks for one.
+        kicked(&mut threshold, 1, now);
+        trying = if threshold.is_trying() { trying + 1 } else { 0 };
+        assert!(trying < 64);
+    }
 }
