@@ -35,8 +35,9 @@ const PARTS: u32 = 16;
 /// One request, in averages.
 const ONE: u32 = 256;
 
-/// Most requests that one of them is said to find.
-const MANY: usize = 1024;
+/// Most requests that one of them is said to find. A kick for so many costs each of them next to nothing: then there is
+/// no need for a worker, which would find more.
+const MANY: usize = 16;
 
 /// Chooses who handles the next kick, by how many requests each of them finds.
 ///

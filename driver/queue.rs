@@ -20,10 +20,7 @@ use super::{
         self,
         Batch, //
     },
-    threshold::{
-        self,
-        Threshold, //
-    },
+    threshold::Threshold,
     window::Window,
     zone::InZone, //
 };
@@ -60,7 +57,7 @@ const MOST_WAITING: usize = 16;
 const MOST_WAITING_BYTES: usize = 64 << 10;
 
 /// Most bytes of a request, on average, for several to wait for one kick.
-const COALESCED_BYTES: usize = MOST_WAITING_BYTES / threshold::MOST as usize;
+const COALESCED_BYTES: usize = 8 << 10;
 
 /// Between two kicks, after which the guest may have begun something else.
 const PAUSE_MS: u32 = 100;

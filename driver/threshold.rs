@@ -7,7 +7,7 @@
 use super::choice::Handler;
 
 /// Most requests that it is asked to add.
-pub(crate) const MOST: u16 = 8;
+pub(crate) const MOST: u16 = 16;
 
 /// The shortest and the longest time that one of them waits for the others, in nanoseconds. Less than the shortest is
 /// not worth a timer.

@@ -165,7 +165,12 @@ fn what_comes_without_being_asked_for_is_not_asked_for() {
         guest.run(&mut threshold, &mut now, 1000);
         let seen = guest.run(&mut threshold, &mut now, 20_000);
         assert!(seen.late < 10, "{usual}: {seen:?}");
-        assert!(threshold.next().is_none(), "{usual}");
+        // It is not asked, or for what comes anyway.
+        let requests = requests(&threshold);
+        assert!(
+            requests == 1 || requests == usual && usual >= 8,
+            "{usual}: {requests}"
+        );
     }
 }
 
@@ -179,7 +184,7 @@ fn a_guest_that_begins_to_wait_is_held_up_a_few_times() {
     };
     let seen = waits.run(&mut threshold, &mut now, 10_000);
     assert!(seen.late < 10, "{seen:?}");
-    assert!(seen.waited < 600 * MICROSECOND, "{seen:?}");
+    assert!(seen.waited < 1000 * MICROSECOND, "{seen:?}");
     assert!(threshold.next().is_none());
 }
 
@@ -272,7 +277,7 @@ fn a_guest_that_has_little_to_do_is_not_asked_for_long() {
         }
         unasked(&mut threshold, 1, now);
     }
-    assert!(looks < 12, "{looks}");
+    assert!(looks < 16, "{looks}");
 }
 
 #[test]
@@ -391,7 +396,7 @@ fn what_it_does_is_remembered_over_a_pause() {
     threshold.paused();
     assert!(threshold.next().is_none());
     // Nobody has to show it again.
-    GOES_ON.run(&mut threshold, &mut now, 100);
+    GOES_ON.run(&mut threshold, &mut now, 120);
     assert_eq!(requests(&threshold), u32::from(MOST));
     // One that waits is held up once, however often it pauses.
     let waits = Guest { most: 1, ..GOES_ON };
