@@ -35,8 +35,8 @@ const PARTS: u32 = 16;
 /// One request, in averages.
 const ONE: u32 = 256;
 
-/// Most requests that one of them is said to find. A kick for so many costs each of them next to nothing: then there is
-/// no need for a worker, which would find more.
+/// Most requests that one of them is said to find. A kick for so many costs each of them next to nothing: who finds
+/// more is no better.
 const MANY: usize = 16;
 
 /// Chooses who handles the next kick, by how many requests each of them finds.
@@ -122,10 +122,13 @@ impl Choice {
         }
     }
 
-    /// Learns that the guest kicks for another number of requests from now on, whoever handles that: the other one is
-    /// tried soon.
+    /// Learns that the guest kicks for another number of requests from now on, whoever handles that: what they found is
+    /// forgotten, and the other one is tried soon.
     pub(crate) fn kicks_changed(&mut self) {
+        self.kicker = ONE;
+        self.worker = ONE;
         self.left = self.left.min(LEAST);
+        self.trial = Trial::default();
     }
 
     /// Learns that a kick was handled, and that `requests` were found. Returns who is to handle the next one.

@@ -176,6 +176,7 @@ impl Operations for Queue {
 fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     poll::woken(guard);
     let queue = guard.data_mut();
+    let settled = queue.threshold.settled();
     let now = jiffies();
     let ticks = now.wrapping_sub(queue.kicked_at);
     queue.kicked_at = now;
@@ -187,7 +188,14 @@ fn kicked(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, by: Handler) {
     let wanted = wanted(guard);
     let batch = run(guard, turn, wanted.in_time);
     learn(guard, batch.requests, &wanted);
-    if wanted.reminder == Reminded::Yes || !guard.takes_direct_kicks() {
+    let queue = guard.data_mut();
+    if queue.threshold.settled() != settled {
+        queue.choice.kicks_changed();
+    }
+    // Who came because it was time, though it is not its turn, says nothing of kicks.
+    let is_kick = wanted.reminder != Reminded::Yes
+        || (batch.requests >= wanted.in_time && by == queue.choice.next());
+    if !is_kick || !guard.takes_direct_kicks() {
         return;
     }
     let queue = guard.data_mut();
@@ -260,15 +268,11 @@ fn learn(guard: &mut VirtqueueGuard<'_, Queue>, found: usize, wanted: &Wanted) {
     }
     let is_done = guard.is_all_complete();
     let queue = guard.data_mut();
-    let before = queue.threshold.settled();
     if !is_done || found < wanted.in_time {
-        queue.threshold.failed(found);
+        queue.threshold.failed(found, busy_clock);
     } else {
         let by = queue.choice.next();
         queue.threshold.kicked(found, wanted.asked, by, busy_clock);
-    }
-    if queue.threshold.settled() != before {
-        queue.choice.kicks_changed();
     }
 }
 

@@ -18,10 +18,13 @@ pub(crate) const LONGEST: u64 = 10_000_000;
 const SOON: u32 = STRETCH + 1;
 const RARE: u32 = 4096;
 
-/// Kicks over which the pace is measured, and that a trial takes: not those that nobody asked for. After so many of them
-/// it is given up.
+/// Kicks over which the pace is measured, and that a trial takes: not those that nobody asked for. After so many such
+/// kicks it is given up.
 const STRETCH: u32 = 16;
-const MOST_UNASKED: u32 = 2 * STRETCH;
+const MOST_UNASKED: u32 = 4 * STRETCH;
+
+/// What more has to be faster by to be asked for: one part in so many of its pace.
+const GAIN: u64 = 8;
 
 /// Kicks in time that make up for one that did not come.
 const PRICE: u32 = 4;
@@ -75,7 +78,9 @@ pub(crate) struct Threshold {
 /// Kicks over which the pace is measured.
 #[derive(Default)]
 struct Stretch {
-    since: Option<u64>,
+    /// When the last one was, unless what comes next is not to count.
+    last: Option<u64>,
+    elapsed: u64,
     kicks: u32,
     found: u64,
 }
@@ -83,24 +88,38 @@ struct Stretch {
 impl Stretch {
     /// Adds a kick. Returns the pace when the stretch is over: 0 if it is none.
     fn add(&mut self, found: u64, now: u64) -> Option<u64> {
-        let Some(since) = self.since else {
-            self.since = Some(now);
+        if !self.add_time(now) {
             return None;
-        };
+        }
         self.kicks += 1;
         self.found += found;
         if self.kicks < STRETCH {
             return None;
         }
-        let elapsed = now.wrapping_sub(since);
         // More is a pause, or the clock of another processor.
-        let is_pace = elapsed < u64::from(STRETCH) * 2 * LONGEST;
-        let pace = (elapsed / self.found.max(1)).max(1);
+        let is_pace = self.elapsed < u64::from(STRETCH) * 2 * LONGEST;
+        let pace = (self.elapsed / self.found).max(1);
         *self = Self {
-            since: Some(now),
+            last: Some(now),
             ..Self::default()
         };
         Some(if is_pace { pace } else { 0 })
+    }
+
+    /// Adds what was found when it was time, up to which the guest may have waited. From then on it may have had
+    /// nothing to do.
+    fn add_late(&mut self, found: u64, now: u64) {
+        if self.add_time(now) {
+            self.found += found;
+        }
+        self.last = None;
+    }
+
+    fn add_time(&mut self, now: u64) -> bool {
+        let last = self.last.replace(now);
+        let elapsed = last.map_or(0, |last| now.wrapping_sub(last));
+        self.elapsed = self.elapsed.saturating_add(elapsed);
+        last.is_some()
     }
 }
 
@@ -127,8 +146,16 @@ impl Default for Threshold {
 impl Threshold {
     /// Learns that the guest paused before the last kick. What comes may be another load.
     pub(crate) fn paused(&mut self) {
+        // Trials stay rare if they were in vain.
+        let interval = if self.settled() > 1 {
+            SOON
+        } else {
+            self.interval
+        };
         *self = Self {
             goes_on: self.goes_on,
+            interval,
+            left: interval,
             ..Self::default()
         };
     }
@@ -202,14 +229,17 @@ impl Threshold {
         let Some(before) = self.before else {
             self.paces = [pace, if self.is_measured { self.paces[0] } else { 0 }];
             self.is_measured = true;
+            if self.requests > 1 && self.time(self.requests) > LONGEST {
+                self.ask_for_fewer(self.requests / 2);
+            }
             return;
         };
-        // Kicks for more requests cost less; fewer have to be worth it.
+        // Who waits for others to be added has to gain by it.
         let usual = self.pace();
         let is_better = if self.requests > before {
-            pace <= usual
+            pace + pace / GAIN < usual
         } else {
-            pace + pace / 8 < usual
+            pace <= usual
         };
         if !is_better {
             return self.end_trial();
@@ -235,9 +265,11 @@ impl Threshold {
     }
 
     /// Learns that it was wrong, or would be, to ask for several: the guest did not kick in time, and had added `found`
-    /// requests, or may wait for one that is in flight.
-    pub(crate) fn failed(&mut self, found: usize) {
-        self.stretch.found += found as u64;
+    /// requests, or may wait for one that is in flight. `now` is as for [`Threshold::kicked`].
+    pub(crate) fn failed(&mut self, found: usize, now: impl FnOnce() -> u64) {
+        if self.goes_on {
+            self.stretch.add_late(found as u64, now());
+        }
         let price = if found == 0 { PRICE_OF_NONE } else { PRICE };
         if self.credit >= price {
             self.credit -= price;

@@ -1036,12 +1036,12 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         if self.put_used_index(event, at).is_err() {
             return self.enable_notify();
         }
-        // Between the index that the guest reads and the one that it writes: either it sees that it has to kick, or this
-        // sees what it added.
+        // Between the index that the guest reads and the one that it writes: either it sees that it has to kick, or
+        // this sees what it added.
         smp_mb();
         let is_empty = self.avail_empty();
-        // SAFETY: The mutex is held, under which the core uses these. `avail_idx` is what was read last of the guest's: as
-        // if it had not been read, it is when the next chain is fetched.
+        // SAFETY: The mutex is held, under which the core uses these. `avail_idx` is what was read last of the
+        // guest's: as if it had not been read, it is when the next chain is fetched.
         unsafe {
             if !is_empty && (*raw).avail_idx.wrapping_sub(next) >= requests {
                 return true;

@@ -77,8 +77,10 @@ fn what_the_worker_finds_only_after_some_kicks_counts() {
 #[test]
 fn kicks_for_many_need_no_worker() {
     let mut choice = Choice::default();
-    run(&mut choice, 100, 32, 32);
-    assert!(run(&mut choice, 10_000, 32, 32) < 100);
+    for worker in [16, 32, 64] {
+        run(&mut choice, 1000, 16, worker);
+        assert!(run(&mut choice, 10_000, 16, worker) < 100, "{worker}");
+    }
 }
 
 #[test]
@@ -151,11 +153,15 @@ fn what_is_refused_does_not_keep_the_worker_from_being_chosen() {
 }
 
 #[test]
-fn the_other_one_is_tried_soon_when_kicks_are_for_more() {
+fn what_was_found_is_forgotten_when_kicks_are_for_another_number() {
     let mut choice = Choice::default();
     assert!(run(&mut choice, 10_000, 1, 20) > 9_000);
     // Each finds as many from now on.
     choice.kicks_changed();
     let by_worker = run(&mut choice, 200, 8, 8);
-    assert!((10..50).contains(&by_worker), "{by_worker}");
+    assert!((4..30).contains(&by_worker), "{by_worker}");
+    run(&mut choice, 1000, 16, 16);
+    choice.kicks_changed();
+    let by_worker = run(&mut choice, 200, 1, 1);
+    assert!((4..30).contains(&by_worker), "{by_worker}");
 }
