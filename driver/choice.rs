@@ -47,7 +47,7 @@ const MANY: usize = 16;
 /// several from the start, needs none.
 pub(crate) struct Choice {
     chosen: Handler,
-    /// How many requests each found for a kick, on average.
+    /// How many requests each found for a kick, on average; 0 if that is unknown.
     kicker: u32,
     worker: u32,
     /// Kicks of the chosen one until the other one is tried, and how many these were in the beginning.
@@ -125,10 +125,9 @@ impl Choice {
     /// Learns that the guest kicks for another number of requests from now on, whoever handles that: what they found is
     /// forgotten, and the other one is tried soon.
     pub(crate) fn kicks_changed(&mut self) {
-        self.kicker = ONE;
-        self.worker = ONE;
-        self.left = self.left.min(LEAST);
-        self.trial = Trial::default();
+        self.kicker = 0;
+        self.worker = 0;
+        self.wait(LEAST);
     }
 
     /// Learns that a kick was handled, and that `requests` were found. Returns who is to handle the next one.
@@ -141,7 +140,10 @@ impl Choice {
         let found = requests.min(MANY) as u32 * ONE;
         if by == self.chosen {
             let average = self.average(by);
-            *average = (*average * (PARTS - 1) + found + PARTS / 2) / PARTS;
+            *average = match *average {
+                0 => found,
+                average => (average * (PARTS - 1) + found + PARTS / 2) / PARTS,
+            };
             self.left = self.left.saturating_sub(1);
         } else {
             let usual = *self.average(self.chosen);
@@ -178,6 +180,9 @@ impl Choice {
     }
 
     fn choose(&mut self) {
+        if self.kicker == 0 || self.worker == 0 {
+            return;
+        }
         // Not to and fro where it makes no difference.
         let quarters = match self.chosen {
             Handler::Kicker => 6,

@@ -43,8 +43,8 @@ const ONE: u64 = 16;
 ///
 /// A guest that does not wait for each request goes on adding them, but kicks for each one, and is interrupted for
 /// each, where one is complete before the next is there. Asked to kick for several, it does both once for all. That
-/// it does not wait shows when several are found for one kick. Whether it adds as many as are asked for, and gets no
-/// less done so, is tried, and tried again: the worker comes in time if it does not.
+/// it does not wait shows when several are found for one kick. Whether it adds as many as are asked for, and gets more
+/// done so, is tried, and tried again: the worker comes in time if it does not.
 ///
 /// For whoever holds the virtqueue's mutex.
 pub(crate) struct Threshold {
@@ -71,55 +71,55 @@ pub(crate) struct Threshold {
     by: Handler,
     /// The pace below is theirs.
     is_measured: bool,
-    /// Nanoseconds from a request to the next, in the last two stretches without trials in vain; 0 if there was none.
+    /// Nanoseconds from a request to the next, while there may have been something to do, in the last two stretches
+    /// without trials in vain; 0 if there was none.
     paces: [u64; 2],
 }
 
 /// Kicks over which the pace is measured.
 #[derive(Default)]
 struct Stretch {
-    /// When the last one was, unless what comes next is not to count.
-    last: Option<u64>,
-    elapsed: u64,
+    since: Option<u64>,
+    /// Since when the guest may have nothing to do, and how long it may have had nothing to do before.
+    idle_since: Option<u64>,
+    idle: u64,
+    /// Kicks that came in time, and requests that were found for any.
     kicks: u32,
     found: u64,
 }
 
 impl Stretch {
     /// Adds a kick. Returns the pace when the stretch is over: 0 if it is none.
-    fn add(&mut self, found: u64, now: u64) -> Option<u64> {
-        if !self.add_time(now) {
+    fn add(&mut self, found: u64, in_time: bool, now: u64) -> Option<u64> {
+        let Some(since) = self.since else {
+            self.since = Some(now);
             return None;
+        };
+        if let Some(idle_since) = self.idle_since.take() {
+            self.idle = self.idle.wrapping_add(now.wrapping_sub(idle_since));
         }
-        self.kicks += 1;
+        self.kicks += u32::from(in_time);
         self.found += found;
         if self.kicks < STRETCH {
             return None;
         }
-        // More is a pause, or the clock of another processor.
-        let is_pace = self.elapsed < u64::from(STRETCH) * 2 * LONGEST;
-        let pace = (self.elapsed / self.found).max(1);
+        let elapsed = now.wrapping_sub(since);
+        let pace = elapsed.saturating_sub(self.idle) / self.found.max(1);
         *self = Self {
-            last: Some(now),
+            since: Some(now),
             ..Self::default()
         };
-        Some(if is_pace { pace } else { 0 })
+        // More is a pause, or the clock of another processor.
+        let is_pace = elapsed < u64::from(STRETCH) * 2 * LONGEST;
+        Some(if is_pace { pace.max(1) } else { 0 })
     }
 
-    /// Adds what was found when it was time, up to which the guest may have waited. From then on it may have had
-    /// nothing to do.
+    /// Adds what was found when it was time. Until then the guest may have waited.
     fn add_late(&mut self, found: u64, now: u64) {
-        if self.add_time(now) {
+        if self.since.is_some() {
             self.found += found;
+            self.idle_since = Some(now);
         }
-        self.last = None;
-    }
-
-    fn add_time(&mut self, now: u64) -> bool {
-        let last = self.last.replace(now);
-        let elapsed = last.map_or(0, |last| now.wrapping_sub(last));
-        self.elapsed = self.elapsed.saturating_add(elapsed);
-        last.is_some()
     }
 }
 
@@ -155,7 +155,7 @@ impl Threshold {
         *self = Self {
             goes_on: self.goes_on,
             interval,
-            left: interval,
+            left: self.left.min(interval),
             ..Self::default()
         };
     }
@@ -198,6 +198,7 @@ impl Threshold {
         if self.requests == 1 {
             self.usual = (self.usual * (PARTS - 1) + found * ONE + PARTS / 2) / PARTS;
         } else if asked.is_none_or(|asked| found < asked.into()) {
+            self.stretch.add(found, false, now);
             self.unasked = self.unasked.saturating_add(1);
             if self.is_trying() && self.unasked > MOST_UNASKED {
                 self.end_trial();
@@ -213,8 +214,10 @@ impl Threshold {
         }
         self.credit = (self.credit + 1).min(CREDIT);
         self.left = self.left.saturating_sub(1);
-        if let Some(pace) = self.stretch.add(found, now) {
-            self.measured(pace);
+        match self.stretch.add(found, true, now) {
+            Some(0) => self.abandon_trial(),
+            Some(pace) => self.measured(pace),
+            None => (),
         }
         if self.left == 0 && self.before.is_none() && self.is_measured {
             self.begin_trial();
@@ -223,9 +226,6 @@ impl Threshold {
 
     /// Learns the pace of a stretch.
     fn measured(&mut self, pace: u64) {
-        if pace == 0 {
-            return self.abandon_trial();
-        }
         let Some(before) = self.before else {
             self.paces = [pace, if self.is_measured { self.paces[0] } else { 0 }];
             self.is_measured = true;

@@ -160,7 +160,9 @@ fn what_was_found_is_forgotten_when_kicks_are_for_another_number() {
     choice.kicks_changed();
     let by_worker = run(&mut choice, 200, 8, 8);
     assert!((4..30).contains(&by_worker), "{by_worker}");
-    run(&mut choice, 1000, 16, 16);
+    choice.kicks_changed();
+    let by_worker = run(&mut choice, 200, 16, 16);
+    assert!((4..30).contains(&by_worker), "{by_worker}");
     choice.kicks_changed();
     let by_worker = run(&mut choice, 200, 1, 1);
     assert!((4..30).contains(&by_worker), "{by_worker}");

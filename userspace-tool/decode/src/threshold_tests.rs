@@ -195,7 +195,7 @@ fn a_slow_guest_is_not_asked() {
     let mut threshold = Threshold::default();
     shown(&mut threshold);
     let guest = Guest {
-        pace: LONGEST / 2 + 1,
+        pace: LONGEST / (4 * (1 + KICK)) + 1,
         ..GOES_ON
     };
     guest.run(&mut threshold, &mut 0, 1000);
@@ -515,16 +515,10 @@ fn a_guest_that_kicks_unasked_ends_a_trial() {
     assert!(trials > 2, "{trials}");
 }
 
-/// Lets requests come at random times, whoever is interested in them, 300 µs apart on average. Returns how many
-/// nanoseconds the first ones waited for others, for each request.
-fn waits_for_others(mut random: u64) -> u64 {
+/// Lets requests come when they come, whoever is interested in them: `next` says after how many nanoseconds. Returns how
+/// many nanoseconds the first ones waited for others, for each request.
+fn waits_for_others(mut next: impl FnMut() -> u64) -> u64 {
     let mut threshold = Threshold::default();
-    let mut next = || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        (random % 300_000) + ((random >> 32) % 300_000)
-    };
     let (mut now, mut at) = (0u64, next());
     let (mut requests, mut waited) = (0, 0);
     for n in 0..20_000 {
@@ -540,6 +534,13 @@ fn waits_for_others(mut random: u64) -> u64 {
         if found < wanted {
             now = until;
             threshold.failed(found.into(), || now);
+            if found == 0 {
+                // Nobody asked for the next one.
+                now = at;
+                at += next();
+                requests += 1;
+                unasked(&mut threshold, 1, now);
+            }
         } else {
             let asked = asked.map(|(wanted, _)| wanted);
             threshold.kicked(found.into(), asked, Handler::Kicker, || now);
@@ -555,7 +556,63 @@ fn waits_for_others(mut random: u64) -> u64 {
 
 #[test]
 fn who_is_not_faster_for_it_does_not_wait_for_others() {
-    let waited: Vec<_> = (1..50).map(waits_for_others).collect();
+    // At random, 300 µs apart on average.
+    let waited: Vec<_> = (1..50)
+        .map(|seed| {
+            let mut random = seed;
+            waits_for_others(|| {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                (random % 300_000) + ((random >> 32) % 300_000)
+            })
+        })
+        .collect();
     let mean = waited.iter().sum::<u64>() / waited.len() as u64;
     assert!(mean < 50 * MICROSECOND, "{waited:?}");
+
+    // Several at once, and then none for a while.
+    for most in [4, 16, 33] {
+        let mut n = 0;
+        let waited = waits_for_others(|| {
+            n += 1;
+            (if n % most == 0 { 1000 } else { 5 }) * MICROSECOND
+        });
+        assert!(waited < 10 * MICROSECOND, "{most}: {waited}");
+    }
+}
+
+#[test]
+fn who_becomes_slow_is_asked_for_fewer() {
+    let (mut threshold, mut now) = learned();
+    // As many come in time, but only just.
+    let guest = Guest {
+        pace: LONGEST / (u64::from(MOST) + KICK),
+        ..GOES_ON
+    };
+    guest.run(&mut threshold, &mut now, 200);
+    assert!(2 * u64::from(requests(&threshold)) * guest.pace <= LONGEST);
+}
+
+#[test]
+fn trials_go_on_over_pauses() {
+    let mut threshold = Threshold::default();
+    let mut now = 0;
+    shown(&mut threshold);
+    let mut burst = |threshold: &mut Threshold, goes_on: bool| {
+        threshold.paused();
+        now += 1000 * MICROSECOND;
+        if goes_on {
+            GOES_ON.run(threshold, &mut now, 1000);
+        } else {
+            slower(threshold, &mut now, Handler::Kicker, 1000, 5 * MICROSECOND);
+        }
+        threshold.settled()
+    };
+    for _ in 0..100 {
+        burst(&mut threshold, false);
+    }
+    assert_eq!(threshold.settled(), 1);
+    let settled = (0..10).map(|_| burst(&mut threshold, true));
+    assert_eq!(settled.max(), Some(MOST));
 }
