@@ -31,6 +31,7 @@ use crate::bindings::{
         jiffies,
         Completion,
         Idle,
+        NotifyDisabled,
         Operations,
         Reminded,
         Turn,
@@ -109,16 +110,7 @@ impl Queue {
 
     /// Forgets what a backend that was stopped left.
     pub(super) fn reset(&mut self) {
-        self.starved = false;
-        self.bouncing = 0;
-        self.refused = Refused::default();
-        self.large_reports = 0;
-        self.streams = Streams::default();
-        self.choice = Choice::default();
-        self.threshold = Threshold::default();
-        self.asked = None;
-        self.window = Window::default();
-        self.idle_since = None;
+        *self = Self::new(self.settings.clone());
     }
 }
 
@@ -236,28 +228,34 @@ fn wanted(guard: &mut VirtqueueGuard<'_, Queue>) -> Wanted {
     }
 }
 
-/// How many requests the guest is to add before it kicks again, and within which time, after `batch`: `None` if it is
-/// to kick for each.
+/// Lets the guest kick again after `batch`, when it has added as many requests as it is asked for. Returns what the
+/// ring has, and how many that is if not one.
 ///
-/// It is asked only if requests are small and nothing is in flight that it could wait for, and not right after it was
-/// late.
+/// It is asked for several only if requests are small and nothing is in flight that it could wait for, and not right
+/// after it was late.
 #[inline]
-fn ask(
-    guard: &mut VirtqueueGuard<'_, Queue>,
+fn enable<'g, 'a>(
+    mut ring: NotifyDisabled<'g, 'a, Queue>,
     batch: &Batch,
     in_time: usize,
-) -> Option<(u16, Delta)> {
-    let (requests, ns) = guard.data().threshold.next()?;
+) -> (Idle<NotifyDisabled<'g, 'a, Queue>>, Option<u16>) {
+    let guard = ring.guard();
+    let Some((requests, ns)) = guard.data().threshold.next() else {
+        return (ring.enable(), None);
+    };
     if batch.requests < in_time || !guard.is_all_complete() {
-        return None;
+        return (ring.enable(), None);
     }
     let small = batch.bytes <= batch.requests * COALESCED_BYTES;
-    if !small || guard.busyloop_timeout() != 0 || !guard.can_ask_for(requests) {
-        guard.data_mut().threshold.cannot_ask();
-        return None;
+    if small && guard.busyloop_timeout() == 0 {
+        // CAST: It is at most `threshold::LONGEST`.
+        match ring.enable_after(requests, Delta::from_nanos(ns as i64)) {
+            Ok(idle) => return (idle, Some(requests)),
+            Err(again) => ring = again,
+        }
     }
-    // CAST: It is at most `threshold::LONGEST`.
-    Some((requests, Delta::from_nanos(ns as i64)))
+    ring.guard().data_mut().threshold.cannot_ask();
+    (ring.enable(), None)
 }
 
 /// Learns that `found` requests were there when the ring was looked at.
@@ -322,17 +320,12 @@ fn fetch(guard: &mut VirtqueueGuard<'_, Queue>, turn: &Turn, in_time: usize, bat
                 if poll::poll(&mut ring, turn) {
                     continue;
                 }
-                let asked = ask(ring.guard(), batch, in_time);
-                let idle = match asked {
-                    Some((requests, within)) => ring.enable_after(requests, within),
-                    None => ring.enable(),
-                };
-                match idle {
-                    Idle::Yes => {
-                        guard.data_mut().asked = asked.map(|(requests, _)| requests);
+                match enable(ring, batch, in_time) {
+                    (Idle::Yes, asked) => {
+                        guard.data_mut().asked = asked;
                         return guard.signal_used();
                     }
-                    Idle::No(again) => ring = again,
+                    (Idle::No(again), _) => ring = again,
                 }
                 poll::work_came(ring.guard());
             }

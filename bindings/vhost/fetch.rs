@@ -99,14 +99,19 @@ impl<'g, 'a, T: Operations> NotifyDisabled<'g, 'a, T> {
     }
 
     /// Lets the guest kick when it has added `requests`, and the worker look after `within` whatever was added,
-    /// unless so many are there already. If that cannot be it is as [`NotifyDisabled::enable`].
+    /// unless so many are there already.
     ///
     /// Context: may sleep; waits for the callback of an earlier timer, which takes no lock that the caller may hold.
-    pub(crate) fn enable_after(self, requests: u16, within: Delta) -> Idle<Self> {
-        if self.guard.enable_notify_after(requests, within) {
-            Idle::No(self)
-        } else {
-            Idle::Yes
+    ///
+    /// # Errors
+    ///
+    /// The ring as it was, if the guest cannot be asked for so many: `VIRTIO_RING_F_EVENT_IDX` was not negotiated, they
+    /// are more than half of the ring's size, the core has to translate or log, or the used ring cannot be written.
+    pub(crate) fn enable_after(self, requests: u16, within: Delta) -> Result<Idle<Self>, Self> {
+        match self.guard.enable_notify_after(requests, within) {
+            Ok(true) => Ok(Idle::No(self)),
+            Ok(false) => Ok(Idle::Yes),
+            Err(_) => Err(self),
         }
     }
 

@@ -1004,7 +1004,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Whether a guest can be asked to add `requests` before it kicks: there are places for twice as many in its ring,
     /// it lets itself be asked, and the core has no part in that.
     #[inline]
-    pub(crate) fn can_ask_for(&self, requests: u16) -> bool {
+    fn can_ask_for(&self, requests: u16) -> bool {
         const EVENT_IDX: u64 = 1 << uapi::feature::EVENT_IDX;
         // SAFETY: The mutex is held, under which it changes.
         let num = unsafe { (*self.vq.as_raw()).num };
@@ -1016,26 +1016,27 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Lets the guest kick when it has added `requests`, and the worker look after `within` whatever was added. Returns
-    /// whether so many are there. Where [`VirtqueueGuard::can_ask_for`] does not hold it is as
-    /// [`VirtqueueGuard::enable_notify`].
+    /// whether so many are there.
     ///
     /// Context: may sleep; waits for the callback of an earlier timer, which takes no lock that the caller may hold.
     ///
     /// Source: virtio 1.3, 2.7.10: `avail_event`. `vhost_enable_notify()`, which lets it kick for the next one, in
     /// `drivers/vhost/vhost.c`.
-    pub(super) fn enable_notify_after(&mut self, requests: u16, within: Delta) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it cannot be asked, and `EFAULT` if the used ring cannot be written; the guest was told nothing.
+    pub(super) fn enable_notify_after(&mut self, requests: u16, within: Delta) -> Result<bool> {
         let reminder = self.inner().reminder.clone();
-        let Some(reminder) = reminder.filter(|_| self.can_ask_for(requests)) else {
-            return self.enable_notify();
-        };
+        let reminder = reminder
+            .filter(|_| self.can_ask_for(requests))
+            .ok_or(EINVAL)?;
         let raw = self.vq.as_raw();
         // SAFETY: The mutex is held.
         let (next, num) = unsafe { ((*raw).last_avail_idx, (*raw).num) };
         let event = next.wrapping_add(requests.wrapping_sub(1));
         let at = USED_RING + num as usize * size_of::<raw::vring_used_elem>();
-        if self.put_used_index(event, at).is_err() {
-            return self.enable_notify();
-        }
+        self.put_used_index(event, at)?;
         // Between the index that the guest reads and the one that it writes: either it sees that it has to kick, or
         // this sees what it added.
         smp_mb();
@@ -1044,7 +1045,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // guest's: as if it had not been read, it is when the next chain is fetched.
         unsafe {
             if !is_empty && (*raw).avail_idx.wrapping_sub(next) >= requests {
-                return true;
+                return Ok(true);
             }
             (*raw).avail_idx = next;
             (*raw).used_flags &= !(raw::VRING_USED_F_NO_NOTIFY as u16);
@@ -1055,7 +1056,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // SAFETY: A virtqueue that runs is part of a device, and `stop()`, which drops what is armed, comes before
         // that goes. There is no older one.
         inner.armed = Some(unsafe { reminder.arm(within) });
-        false
+        Ok(false)
     }
 
     /// Writes an index into the used ring, `at` bytes from its start, in the guest's byte order.
