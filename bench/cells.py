@@ -27,6 +27,7 @@ PARAMETERS = {
     WORKER: ["direct_submission=0", "direct_completion=0"],
     "vhost-blk/direct-submission": ["direct_completion=0"],
     "vhost-blk/direct-completion": ["direct_submission=0"],
+    "vhost-blk/kick-for-each": ["coalesce_kicks=0"],
 }
 # io_uring with its buffers registered, which pins them; and without, so that it pins those of each request.
 URING = "host/io_uring"
