@@ -156,8 +156,11 @@ impl Operations for Queue {
         complete::completions(&mut guard);
         let starved = core::mem::take(&mut guard.data_mut().starved);
         if starved || poll::window(&guard) != 0 {
-            let in_time = wanted(&mut guard).in_time;
-            run(&mut guard, turn, in_time);
+            let wanted = wanted(&mut guard);
+            let batch = run(&mut guard, turn, wanted.in_time);
+            if wanted.in_time > 0 {
+                learn(&mut guard, batch.requests, &wanted);
+            }
         } else {
             poll::idle(&mut guard);
         }
@@ -210,6 +213,8 @@ struct Wanted {
     reminder: Reminded,
     /// The fewest that it has to have added by now.
     in_time: usize,
+    /// If it has to have added any: all that it had added before is complete.
+    is_idle: bool,
 }
 
 /// Says what is wanted of the guest, and stops the timer that waits for it.
@@ -225,14 +230,14 @@ fn wanted(guard: &mut VirtqueueGuard<'_, Queue>) -> Wanted {
         asked,
         reminder,
         in_time,
+        is_idle: in_time > 0 && guard.is_all_complete(),
     }
 }
 
-/// Lets the guest kick again after `batch`, when it has added as many requests as it is asked for. Returns what the
-/// ring has, and how many that is if not one.
+/// Lets the guest kick again after `batch`. Returns what the ring has, and for how many requests the guest is to kick,
+/// if for several.
 ///
-/// It is asked for several only if requests are small and nothing is in flight that it could wait for, and not right
-/// after it was late.
+/// It is asked for several only if requests are small, and not right after it was late.
 #[inline]
 fn enable<'g, 'a>(
     mut ring: NotifyDisabled<'g, 'a, Queue>,
@@ -243,7 +248,7 @@ fn enable<'g, 'a>(
     let Some((requests, ns)) = guard.data().threshold.next() else {
         return (ring.enable(), None);
     };
-    if batch.requests < in_time || !guard.is_all_complete() {
+    if batch.requests < in_time {
         return (ring.enable(), None);
     }
     let small = batch.bytes <= batch.requests * COALESCED_BYTES;
@@ -264,10 +269,9 @@ fn learn(guard: &mut VirtqueueGuard<'_, Queue>, found: usize, wanted: &Wanted) {
     if !guard.data().settings.coalesces_kicks || (found == 0 && wanted.in_time == 0) {
         return;
     }
-    let is_done = guard.is_all_complete();
     let queue = guard.data_mut();
-    if !is_done || found < wanted.in_time {
-        queue.threshold.failed(found, busy_clock);
+    if found < wanted.in_time {
+        queue.threshold.failed(found, wanted.is_idle, busy_clock);
     } else {
         let by = queue.choice.next();
         queue.threshold.kicked(found, wanted.asked, by, busy_clock);

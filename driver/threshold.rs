@@ -114,11 +114,12 @@ impl Stretch {
         Some(if is_pace { pace.max(1) } else { 0 })
     }
 
-    /// Adds what was found when it was time. Until then the guest may have waited.
-    fn add_late(&mut self, found: u64, now: u64) {
+    /// Adds what was found when it was time. If the disk had nothing to do either, the guest may have nothing from now
+    /// on.
+    fn add_late(&mut self, found: u64, is_idle: bool, now: u64) {
         if self.since.is_some() {
             self.found += found;
-            self.idle_since = Some(now);
+            self.idle_since = is_idle.then_some(now);
         }
     }
 }
@@ -177,8 +178,8 @@ impl Threshold {
         self.before.unwrap_or(self.requests)
     }
 
-    /// Learns that the guest kicked for `found` requests, which are complete, for how many it was `asked`, if it was,
-    /// and who was to handle that. `now` is called where the time matters, and says the nanoseconds since some time.
+    /// Learns that the guest kicked for `found` requests, for how many it was `asked`, if it was, and who was to handle
+    /// that. `now` is called where the time matters, and says the nanoseconds since some time.
     #[inline]
     pub(crate) fn kicked(
         &mut self,
@@ -264,11 +265,11 @@ impl Threshold {
         self.ask_for(if is_more { more } else { self.requests / 2 });
     }
 
-    /// Learns that it was wrong, or would be, to ask for several: the guest did not kick in time, and had added `found`
-    /// requests, or may wait for one that is in flight. `now` is as for [`Threshold::kicked`].
-    pub(crate) fn failed(&mut self, found: usize, now: impl FnOnce() -> u64) {
+    /// Learns that the guest did not kick in time for as many as it was asked for, and had added `found`, while all
+    /// before them was complete if `is_idle`. `now` is as for [`Threshold::kicked`].
+    pub(crate) fn failed(&mut self, found: usize, is_idle: bool, now: impl FnOnce() -> u64) {
         if self.goes_on {
-            self.stretch.add_late(found as u64, now());
+            self.stretch.add_late(found as u64, is_idle, now());
         }
         let price = if found == 0 { PRICE_OF_NONE } else { PRICE };
         if self.credit >= price {

@@ -2,6 +2,9 @@
 
 //! Tests of `driver/threshold.rs`.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use crate::choice::Handler;
 use crate::threshold::{Threshold, LONGEST, MOST};
 
@@ -42,7 +45,7 @@ impl Guest {
                 seen.waited += within;
                 *now += within;
                 seen.requests += u64::from(self.most);
-                threshold.failed(self.most as usize, || *now);
+                threshold.failed(self.most as usize, true, || *now);
                 continue;
             }
             let found = wanted.next_multiple_of(self.usual);
@@ -238,7 +241,7 @@ fn nothing_waits_longer_than_it_may() {
             (random >> 32) as usize % 20
         };
         if (random >> 48) % 20 == 0 {
-            threshold.failed(found, || now);
+            threshold.failed(found, true, || now);
         } else {
             let wanted = wanted.map(|(requests, _)| requests);
             threshold.kicked(found, wanted, by, || now);
@@ -248,7 +251,7 @@ fn nothing_waits_longer_than_it_may() {
 }
 
 #[test]
-fn a_disk_that_takes_its_time_is_not_waited_for() {
+fn who_is_late_each_few_times_is_not_asked() {
     for done_at_once in [1, 2, 3] {
         let mut threshold = Threshold::default();
         let mut now = 0;
@@ -256,7 +259,7 @@ fn a_disk_that_takes_its_time_is_not_waited_for() {
         for n in 0..10_000 {
             now += 5 * MICROSECOND;
             if n % (done_at_once + 1) == 0 {
-                threshold.failed(1, || now);
+                threshold.failed(1, true, || now);
             } else {
                 kicked(&mut threshold, 2, now);
             }
@@ -274,7 +277,7 @@ fn a_guest_that_has_little_to_do_is_not_asked_for_long() {
         now += LONGEST;
         // It was asked, and added nothing in time. Then it kicks for one, as nobody asked for more.
         if threshold.next().is_some() {
-            threshold.failed(0, || now);
+            threshold.failed(0, true, || now);
             looks += 1;
         }
         unasked(&mut threshold, 1, now);
@@ -294,7 +297,7 @@ fn kicks_that_nobody_asked_for_make_up_for_nothing() {
             unasked(&mut threshold, 1, now);
         }
         if threshold.next().is_some() {
-            threshold.failed(1, || now);
+            threshold.failed(1, true, || now);
             late += 1;
         }
     }
@@ -470,7 +473,7 @@ fn a_look_in_vain_now_and_then_is_no_reason_to_ask_for_less() {
     let mut found = 0;
     for _ in 0..1000 {
         found += GOES_ON.run(&mut threshold, &mut now, 7).requests;
-        threshold.failed(0, || now);
+        threshold.failed(0, true, || now);
         unasked(&mut threshold, 1, now);
     }
     assert!(found > 7 * 1000 * 7, "{found}");
@@ -487,7 +490,7 @@ fn a_trial_is_over_soon() {
     for n in 0..100_000 {
         // Each is late now and then, more or less often.
         if n % 100 < n / 1000 && requests(&threshold) > 1 {
-            threshold.failed(1, || now);
+            threshold.failed(1, true, || now);
         } else {
             GOES_ON.run(&mut threshold, &mut now, 1);
         }
@@ -533,7 +536,7 @@ fn waits_for_others(mut next: impl FnMut() -> u64) -> u64 {
         }
         if found < wanted {
             now = until;
-            threshold.failed(found.into(), || now);
+            threshold.failed(found.into(), true, || now);
             if found == 0 {
                 // Nobody asked for the next one.
                 now = at;
@@ -615,4 +618,170 @@ fn trials_go_on_over_pauses() {
     assert_eq!(threshold.settled(), 1);
     let settled = (0..10).map(|_| burst(&mut threshold, true));
     assert_eq!(settled.max(), Some(MOST));
+}
+
+/// A disk that takes so many nanoseconds for a request, on average.
+#[derive(Clone, Copy, Debug)]
+enum Disk {
+    /// Whatever else it has to do.
+    Parallel(u64),
+    /// One after the other.
+    Serial(u64),
+    /// As the first one, but nothing is done for a while now and then.
+    Stalls(u64),
+}
+
+/// Requests that a disk has.
+struct InFlight {
+    disk: Disk,
+    random: u64,
+    busy_until: u64,
+    ends: BinaryHeap<Reverse<u64>>,
+}
+
+impl InFlight {
+    fn new(disk: Disk) -> Self {
+        Self {
+            disk,
+            random: 0x9e37_79b9_7f4a_7c15,
+            busy_until: 0,
+            ends: BinaryHeap::new(),
+        }
+    }
+
+    /// As many nanoseconds, on average.
+    fn around(&mut self, average: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        average / 2 + self.random % average.max(1)
+    }
+
+    fn add(&mut self, now: u64) {
+        let end = match self.disk {
+            Disk::Parallel(average) => now + self.around(average),
+            Disk::Serial(average) => {
+                self.busy_until = self.busy_until.max(now) + self.around(average);
+                self.busy_until
+            }
+            Disk::Stalls(average) => {
+                let end = now + self.around(average);
+                if (self.random >> 40) % 64 == 0 {
+                    self.busy_until = now + 50 * average;
+                }
+                self.busy_until.max(end)
+            }
+        };
+        self.ends.push(Reverse(end));
+    }
+
+    /// When the next one ends.
+    fn next(&self) -> u64 {
+        self.ends.peek().map_or(u64::MAX, |end| end.0)
+    }
+
+    /// Takes those that have ended. Returns how many they are.
+    fn take(&mut self, now: u64) -> usize {
+        let before = self.ends.len();
+        while self.next() <= now {
+            self.ends.pop();
+        }
+        before - self.ends.len()
+    }
+
+    fn is_idle(&self, now: u64) -> bool {
+        self.ends.iter().all(|end| end.0 <= now)
+    }
+}
+
+/// A guest that always has as many requests as it may have.
+struct Busy {
+    depth: usize,
+    disk: Disk,
+    /// Nanoseconds of the guest for a request; for a kick and for an interrupt it takes as many as for [`KICK`] of them.
+    pace: u64,
+    /// Nanoseconds from a kick until somebody looks at the ring.
+    wake: u64,
+}
+
+impl Busy {
+    /// Lets it have so many requests done, asked for several only if it `learns`. Returns how many nanoseconds that takes.
+    fn run(&self, learns: bool, requests: usize) -> u64 {
+        let mut threshold = Threshold::default();
+        if learns {
+            shown(&mut threshold);
+        }
+        let (mut now, mut done, mut waiting) = (0, 0, 0);
+        let mut in_flight = InFlight::new(self.disk);
+        // What it is asked for, and until when; and when somebody looks since it has kicked.
+        let mut asked: Option<(u16, u64)> = None;
+        let mut kicked = None;
+        while done < requests {
+            let until = kicked.or(asked.map(|(_, until)| until));
+            let wanted = asked.map_or(1, |(wanted, _)| wanted.into());
+            if until.is_some_and(|until| until <= now) {
+                // As the driver: it asks before it learns.
+                let next = threshold.next();
+                let is_late = waiting < wanted;
+                if is_late {
+                    threshold.failed(waiting, in_flight.is_idle(now), || now);
+                } else {
+                    let asked = asked.map(|(wanted, _)| wanted);
+                    threshold.kicked(waiting, asked, Handler::Kicker, || now);
+                }
+                asked = next
+                    .filter(|_| learns && !is_late)
+                    .map(|(wanted, ns)| (wanted, now + ns));
+                kicked = None;
+                for _ in 0..waiting {
+                    in_flight.add(now);
+                }
+                waiting = 0;
+            } else if kicked.is_none() && waiting >= wanted {
+                now += KICK * self.pace;
+                kicked = Some(now + self.wake);
+            } else if in_flight.ends.len() + waiting < self.depth {
+                now += in_flight.around(self.pace);
+                waiting += 1;
+            } else {
+                now = now.max(until.unwrap_or(u64::MAX).min(in_flight.next()));
+                let ended = in_flight.take(now);
+                done += ended;
+                now += if ended > 0 { KICK * self.pace } else { 0 };
+            }
+        }
+        now
+    }
+}
+
+#[test]
+fn a_disk_that_takes_its_time_is_worth_waiting_for_only_if_more_is_done() {
+    let mut faster = 0;
+    for average in [0, 3, 10, 30, 100, 300, 1000, 10_000].map(|us| us * MICROSECOND) {
+        for disk in [
+            Disk::Parallel(average),
+            Disk::Serial(average),
+            Disk::Stalls(average),
+        ] {
+            for depth in [1, 2, 3, 4, 8, 16, 32, 128] {
+                for wake in [0, 10, 50].map(|us| us * MICROSECOND) {
+                    let guest = Busy {
+                        depth,
+                        disk,
+                        pace: 5 * MICROSECOND,
+                        wake,
+                    };
+                    let never = guest.run(false, 20_000);
+                    let asked = guest.run(true, 20_000);
+                    // But for trials.
+                    assert!(
+                        100 * asked < 107 * never,
+                        "{disk:?}, {depth}, {wake}: {asked}, {never}"
+                    );
+                    faster += u32::from(10 * asked < 8 * never);
+                }
+            }
+        }
+    }
+    assert!(faster > 60, "{faster}");
 }
