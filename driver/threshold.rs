@@ -26,6 +26,10 @@ const MOST_UNASKED: u32 = 4 * STRETCH;
 /// What more has to be faster by to be asked for: one part in so many of its pace.
 const GAIN: u64 = 8;
 
+/// The pace from which on it has to be so twice, in nanoseconds: who adds requests that rarely has them wait the longer
+/// for each other if it was chance.
+const RARELY: u64 = 500_000;
+
 /// Kicks in time that make up for one that did not come.
 const PRICE: u32 = 4;
 
@@ -52,6 +56,8 @@ pub(crate) struct Threshold {
     requests: u16,
     /// Requests that were asked for before the trial that is on.
     before: Option<u16>,
+    /// The pace in its first stretch, if it takes two; otherwise 0.
+    first: u64,
     /// More is tried next, not less.
     more_next: bool,
     /// Several were found for a kick that nobody asked for, since it was seen last that the guest waits. That outlives
@@ -129,6 +135,7 @@ impl Default for Threshold {
         Self {
             requests: 1,
             before: None,
+            first: 0,
             more_next: true,
             goes_on: false,
             usual: ONE,
@@ -245,8 +252,12 @@ impl Threshold {
         if !is_better {
             return self.end_trial();
         }
+        if self.requests > before && usual > RARELY && self.first == 0 {
+            self.first = pace;
+            return;
+        }
         self.before = None;
-        self.paces = [pace, 0];
+        self.paces = [pace, self.first];
         self.interval = SOON;
         // On in the same direction.
         self.more_next = !self.more_next;
@@ -262,6 +273,7 @@ impl Threshold {
         }
         self.more_next = !is_more;
         self.before = Some(self.requests);
+        self.first = 0;
         self.ask_for(if is_more { more } else { self.requests / 2 });
     }
 
