@@ -156,11 +156,8 @@ impl Operations for Queue {
         complete::completions(&mut guard);
         let starved = core::mem::take(&mut guard.data_mut().starved);
         if starved || poll::window(&guard) != 0 {
-            let wanted = wanted(&mut guard);
-            let batch = run(&mut guard, turn, wanted.in_time);
-            if wanted.in_time > 0 {
-                learn(&mut guard, batch.requests, &wanted);
-            }
+            let in_time = wanted(&mut guard).in_time;
+            run(&mut guard, turn, in_time);
         } else {
             poll::idle(&mut guard);
         }
@@ -213,8 +210,6 @@ struct Wanted {
     reminder: Reminded,
     /// The fewest that it has to have added by now.
     in_time: usize,
-    /// If it has to have added any: all that it had added before is complete.
-    is_idle: bool,
 }
 
 /// Says what is wanted of the guest, and stops the timer that waits for it.
@@ -230,7 +225,6 @@ fn wanted(guard: &mut VirtqueueGuard<'_, Queue>) -> Wanted {
         asked,
         reminder,
         in_time,
-        is_idle: in_time > 0 && guard.is_all_complete(),
     }
 }
 
@@ -269,10 +263,12 @@ fn learn(guard: &mut VirtqueueGuard<'_, Queue>, found: usize, wanted: &Wanted) {
     if !guard.data().settings.coalesces_kicks || (found == 0 && wanted.in_time == 0) {
         return;
     }
-    let queue = guard.data_mut();
     if found < wanted.in_time {
-        queue.threshold.failed(found, wanted.is_idle, busy_clock);
+        let is_idle = guard.is_all_complete();
+        let queue = guard.data_mut();
+        queue.threshold.failed(found, is_idle, busy_clock);
     } else {
+        let queue = guard.data_mut();
         let by = queue.choice.next();
         queue.threshold.kicked(found, wanted.asked, by, busy_clock);
     }

@@ -18,8 +18,8 @@ pub(crate) const LONGEST: u64 = 10_000_000;
 const SOON: u32 = STRETCH + 1;
 const RARE: u32 = 4096;
 
-/// Kicks over which the pace is measured, and that a trial takes: not those that nobody asked for. After so many such
-/// kicks it is given up.
+/// Kicks over which the pace is measured, and that a trial takes, once or twice: not those that nobody asked for. After
+/// so many such kicks it is given up.
 const STRETCH: u32 = 16;
 const MOST_UNASKED: u32 = 4 * STRETCH;
 
@@ -120,8 +120,7 @@ impl Stretch {
         Some(if is_pace { pace.max(1) } else { 0 })
     }
 
-    /// Adds what was found when it was time. If the disk had nothing to do either, the guest may have nothing from now
-    /// on.
+    /// Adds what was found when it was time. If the disk has nothing to do any more, the guest may have nothing, either.
     fn add_late(&mut self, found: u64, is_idle: bool, now: u64) {
         if self.since.is_some() {
             self.found += found;
@@ -254,6 +253,7 @@ impl Threshold {
         }
         if self.requests > before && usual > RARELY && self.first == 0 {
             self.first = pace;
+            self.unasked = 0;
             return;
         }
         self.before = None;
@@ -277,8 +277,8 @@ impl Threshold {
         self.ask_for(if is_more { more } else { self.requests / 2 });
     }
 
-    /// Learns that the guest did not kick in time for as many as it was asked for, and had added `found`, while all
-    /// before them was complete if `is_idle`. `now` is as for [`Threshold::kicked`].
+    /// Learns that the guest did not kick in time for as many as it was asked for, and had added `found`. All that it had
+    /// is complete if `is_idle`. `now` is as for [`Threshold::kicked`].
     pub(crate) fn failed(&mut self, found: usize, is_idle: bool, now: impl FnOnce() -> u64) {
         if self.goes_on {
             self.stretch.add_late(found as u64, is_idle, now());

@@ -696,24 +696,28 @@ impl InFlight {
     }
 }
 
-/// A guest that always has as many requests as it may have.
+/// A guest that adds as many requests as it may have.
 struct Busy {
     depth: usize,
+    /// And then waits for all of them.
+    waits: bool,
     disk: Disk,
-    /// Nanoseconds of the guest for a request; for a kick and for an interrupt it takes as many as for [`KICK`] of them.
+    /// Nanoseconds of the guest for a request; for a kick and for an interrupt it takes as many as for [`KICK`] of
+    /// them.
     pace: u64,
     /// Nanoseconds from a kick until somebody looks at the ring.
     wake: u64,
 }
 
 impl Busy {
-    /// Lets it have so many requests done, asked for several only if it `learns`. Returns how many nanoseconds that takes.
+    /// Lets it have so many requests done, asked for several only if it `learns`. Returns how many nanoseconds that
+    /// takes.
     fn run(&self, learns: bool, requests: usize) -> u64 {
         let mut threshold = Threshold::default();
         if learns {
             shown(&mut threshold);
         }
-        let (mut now, mut done, mut waiting) = (0, 0, 0);
+        let (mut now, mut done, mut waiting, mut adds) = (0, 0, 0, true);
         let mut in_flight = InFlight::new(self.disk);
         // What it is asked for, and until when; and when somebody looks since it has kicked.
         let mut asked: Option<(u16, u64)> = None;
@@ -721,8 +725,13 @@ impl Busy {
         while done < requests {
             let until = kicked.or(asked.map(|(_, until)| until));
             let wanted = asked.map_or(1, |(wanted, _)| wanted.into());
+            let has = in_flight.ends.len() + waiting;
+            adds = has == 0 || (adds && has < self.depth) || (!self.waits && has < self.depth);
             if until.is_some_and(|until| until <= now) {
-                // As the driver: it asks before it learns.
+                // As the driver: it submits and asks before it learns.
+                for _ in 0..waiting {
+                    in_flight.add(now);
+                }
                 let next = threshold.next();
                 let is_late = waiting < wanted;
                 if is_late {
@@ -735,21 +744,18 @@ impl Busy {
                     .filter(|_| learns && !is_late)
                     .map(|(wanted, ns)| (wanted, now + ns));
                 kicked = None;
-                for _ in 0..waiting {
-                    in_flight.add(now);
-                }
                 waiting = 0;
             } else if kicked.is_none() && waiting >= wanted {
                 now += KICK * self.pace;
                 kicked = Some(now + self.wake);
-            } else if in_flight.ends.len() + waiting < self.depth {
+            } else if in_flight.next() <= now {
+                done += in_flight.take(now);
+                now += KICK * self.pace;
+            } else if adds {
                 now += in_flight.around(self.pace);
                 waiting += 1;
             } else {
                 now = now.max(until.unwrap_or(u64::MAX).min(in_flight.next()));
-                let ended = in_flight.take(now);
-                done += ended;
-                now += if ended > 0 { KICK * self.pace } else { 0 };
             }
         }
         now
@@ -759,31 +765,32 @@ impl Busy {
 #[test]
 fn a_disk_that_takes_its_time_is_worth_waiting_for_only_if_more_is_done() {
     let mut faster = 0;
-    for average in [0, 3, 10, 30, 100, 300, 1000, 10_000].map(|us| us * MICROSECOND) {
+    for average in [3, 30, 100, 1000, 10_000].map(|us| us * MICROSECOND) {
         for disk in [
             Disk::Parallel(average),
             Disk::Serial(average),
             Disk::Stalls(average),
         ] {
-            for depth in [1, 2, 3, 4, 8, 16, 32, 128] {
-                for wake in [0, 10, 50].map(|us| us * MICROSECOND) {
+            for depth in [1, 2, 3, 4, 8, 19, 32, 128] {
+                for (waits, wake) in [(false, 0), (false, 20), (true, 0), (true, 20)] {
                     let guest = Busy {
                         depth,
+                        waits,
                         disk,
                         pace: 5 * MICROSECOND,
-                        wake,
+                        wake: wake * MICROSECOND,
                     };
                     let never = guest.run(false, 20_000);
                     let asked = guest.run(true, 20_000);
                     // But for trials.
                     assert!(
-                        100 * asked < 107 * never,
-                        "{disk:?}, {depth}, {wake}: {asked}, {never}"
+                        100 * asked < 104 * never,
+                        "{disk:?}, {depth}, {waits}, {wake}: {asked}, {never}"
                     );
-                    faster += u32::from(10 * asked < 8 * never);
+                    faster += u32::from(average >= 100 * MICROSECOND && 10 * asked < 8 * never);
                 }
             }
         }
     }
-    assert!(faster > 60, "{faster}");
+    assert!(faster > 10, "{faster}");
 }
