@@ -239,12 +239,10 @@ fn enable<'g, 'a>(
     in_time: usize,
 ) -> (Idle<NotifyDisabled<'g, 'a, Queue>>, Option<u16>) {
     let guard = ring.guard();
-    let Some((requests, ns)) = guard.data().threshold.next() else {
+    let next = guard.data().threshold.next();
+    let Some((requests, ns)) = next.filter(|_| batch.requests >= in_time) else {
         return (ring.enable(), None);
     };
-    if batch.requests < in_time {
-        return (ring.enable(), None);
-    }
     let small = batch.bytes <= batch.requests * COALESCED_BYTES;
     if small && guard.busyloop_timeout() == 0 {
         // CAST: It is at most `threshold::LONGEST`.
