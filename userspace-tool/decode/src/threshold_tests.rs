@@ -8,6 +8,13 @@ use std::collections::BinaryHeap;
 use crate::choice::Handler;
 use crate::threshold::{Threshold, LONGEST, MOST};
 
+/// Makes the next pseudorandom number of one that is not 0.
+fn shuffle(random: &mut u64) {
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+}
+
 /// A guest on a disk that is done when the kick returns.
 #[derive(Clone, Copy)]
 struct Guest {
@@ -212,9 +219,7 @@ fn nothing_waits_longer_than_it_may() {
     let mut now = 0u64;
     let mut asked = 0;
     for n in 0..1_000_000 {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
+        shuffle(&mut random);
         // Clocks of other processors, and pauses, among them.
         now = match random % 1000 {
             0 => random,
@@ -401,7 +406,7 @@ fn what_it_does_is_remembered_over_a_pause() {
     threshold.paused();
     assert!(threshold.next().is_none());
     // Nobody has to show it again.
-    GOES_ON.run(&mut threshold, &mut now, 200);
+    GOES_ON.run(&mut threshold, &mut now, 150);
     assert_eq!(threshold.settled(), MOST);
     // One that waits is held up once, however often it pauses.
     let waits = Guest { most: 1, ..GOES_ON };
@@ -565,9 +570,7 @@ fn who_is_not_faster_for_it_does_not_wait_for_others() {
             .map(|seed| {
                 let mut random = seed;
                 waits_for_others(|| {
-                    random ^= random << 13;
-                    random ^= random >> 7;
-                    random ^= random << 17;
+                    shuffle(&mut random);
                     (random % apart) + ((random >> 32) % apart)
                 })
             })
@@ -653,9 +656,7 @@ impl InFlight {
 
     /// As many nanoseconds, on average.
     fn around(&mut self, average: u64) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
+        shuffle(&mut self.random);
         average / 2 + self.random % average.max(1)
     }
 
@@ -726,7 +727,7 @@ impl Busy {
             let until = kicked.or(asked.map(|(_, until)| until));
             let wanted = asked.map_or(1, |(wanted, _)| wanted.into());
             let has = in_flight.ends.len() + waiting;
-            adds = has == 0 || (adds && has < self.depth) || (!self.waits && has < self.depth);
+            adds = has == 0 || (has < self.depth && (adds || !self.waits));
             if until.is_some_and(|until| until <= now) {
                 // As the driver: it submits and asks before it learns.
                 for _ in 0..waiting {
