@@ -158,7 +158,7 @@ def dirty_log():
     with NullBlk(irqmode=2, nsec=50000) as disk, Delay(NullBlk(size=16), 600, 600) as slow:
         ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
                      "--slow-disk", slow.path, "--only=dirty_log.drained",
-                     "--only=dirty_log.switched")
+                     "--only=dirty_log.coalesced", "--only=dirty_log.switched")
 
 
 def polled():
@@ -173,12 +173,13 @@ def kicks(*parameters):
     """A test of kicks, by whom and whatever comes next, with those parameters."""
     def run():
         load(*parameters)
-        with Brd() as disk, ScsiDebug("max_queue=1", size=16) as narrow:
+        with Brd() as disk, ScsiDebug("max_queue=1", size=16) as narrow, \
+                Delay(NullBlk(size=16), 600, 600) as slow:
             narrow.set("ndelay", 900_000_000)
             write(f"/sys/block/{os.path.basename(narrow.path)}/queue/max_sectors_kb", 64)
             try:
                 ktap.program(OPTIONS.selftest, "--yes-destroy-data", "--disk", disk.path,
-                             "--narrow-disk", narrow.path, "--only=kicks.")
+                             "--narrow-disk", narrow.path, "--slow-disk", slow.path, "--only=kicks.")
             finally:
                 narrow.set("delay", 0)
     return run

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use vhost_blk_ring::memory::PAGE_SIZE;
 use vhost_blk_ring::uapi::{VHOST_BLK_SERIAL_LEN, feature};
 use vhost_blk_ring::{
@@ -22,8 +22,9 @@ use vhost_blk_ring::{
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::check::{self, UsedLen, fails, works};
-use crate::context::{Context, PATIENCE, QUIET, Test, test};
+use crate::context::{Context, PATIENCE, QUIET, Test, skip, test};
 use crate::disk::{self, SECTOR};
+use crate::kicks;
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -52,6 +53,11 @@ pub(crate) const TESTS: &[Test] = &[
         "dirty_log.drained",
         "switching it on waits for requests in flight, switching it off does not",
         drained
+    ),
+    test!(
+        "dirty_log.coalesced",
+        "switched on while the guest is asked to kick for several requests and has some in flight",
+        coalesced
     ),
     test!(
         "dirty_log.switched_under_load",
@@ -660,6 +666,52 @@ fn drained(context: &Context) -> Result<()> {
         switch(device, queues, features, false)?;
     }
     Ok(())
+}
+
+fn coalesced(context: &Context) -> Result<()> {
+    const ROUNDS: usize = 8;
+    let mut logged = 0;
+    for round in 0..ROUNDS {
+        context.step(format_args!("round {round}"));
+        // One that knows nothing yet of who adds fewer than it asks for.
+        let mut guest = context.guest(|options| options.queue_size = 1024)?;
+        let log = Log::of(guest.memory())?;
+        let features = guest.features();
+        guest.start(context.slow_disk()?)?;
+        works("SET_LOG_BASE", guest.device().set_log_base(log.base()?))?;
+
+        let (device, queues) = guest.split();
+        let queue = &mut queues[0];
+        let Some(wanted) = kicks::asked_in_flight(context, queue)? else {
+            return skip("too slow");
+        };
+        let fetched = queue.ring.next_avail();
+        let (heads, unkicked) = kicks::add_fewer(queue, wanted)?;
+        switch(device, queues, features, true)?;
+        let queue = &mut queues[0];
+        let used = queue.ring.used_idx()?;
+        ensure!(
+            usize::from(used.wrapping_sub(fetched)) <= heads.len(),
+            "SET_FEATURES returned with requests in flight that are not logged: used index {used} of {fetched}"
+        );
+        let mut all = Pages::new();
+        for &head in &heads {
+            all.append(&mut writable(queue, head)?);
+        }
+        for done in queue.wait_all(PATIENCE).context("nobody kicked")? {
+            check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
+        }
+        at_rest(device)?;
+        // What was fetched before need not be in it.
+        if used == fetched {
+            ensure!(log.has(all.iter().copied())?, "not logged: {all:?}");
+            logged += usize::from(unkicked);
+        }
+        if logged == 2 {
+            return Ok(());
+        }
+    }
+    bail!("logged {logged} times: it was kicked, or looked before");
 }
 
 /// Reads the pattern and checks it until told to stop. Returns how many reads there were.

@@ -12,7 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use vhost_blk_ring::{Guest, Memory, Request, Shape, Status, event_descriptor, write_and_close};
+use vhost_blk_ring::{
+    Guest, Memory, Queue, Request, Shape, Status, event_descriptor, write_and_close,
+};
 
 use crate::check::{self, UsedLen};
 use crate::context::{Context, PATIENCE, Test, skip, test};
@@ -50,6 +52,12 @@ pub(crate) const TESTS: &[Test] = &[
         "a guest that goes on is asked to kick for several requests, and served if it adds fewer",
         coalesced
     ),
+    test!(
+        "kicks.coalesced_in_flight",
+        "the same with requests in flight, and it stops before it has added as many",
+        120,
+        coalesced_in_flight
+    ),
 ];
 
 /// How long a kick may take: less than the narrow disk takes for a request.
@@ -63,6 +71,15 @@ const ROUNDS: u32 = 24;
 
 /// What a request may take where several are asked for: less than half of the longest that four of them may wait for.
 const SOON_ENOUGH: Duration = Duration::from_micros(200);
+
+/// The same with requests in flight: less than an eighth of the longest that four of them may wait.
+const SOON_ENOUGH_IN_FLIGHT: Duration = Duration::from_millis(1);
+
+/// Between two of those kicks.
+const MEANWHILE: Duration = Duration::from_millis(1);
+
+/// Requests that there has to be room for: more than the device asks for.
+const MOST: usize = 32;
 
 /// How many times that is tried: a slow host may take any time now and then, but one that waits does so each time.
 const TRIES: usize = 3;
@@ -318,18 +335,18 @@ fn asked(context: &Context, guest: &mut Guest) -> Result<Option<u16>> {
     bail!("{requests} requests, of {each:?} each, and each two of them kicked for")
 }
 
-/// Adds fewer requests than the device has asked for. Returns whether it has not been kicked for them.
-fn add_fewer(guest: &mut Guest, wanted: u16) -> Result<bool> {
-    let queue = guest.queue(0);
+/// Adds fewer requests than the device has asked for. Returns their heads, and whether it has not been kicked for them.
+pub(crate) fn add_fewer(queue: &mut Queue, wanted: u16) -> Result<(Vec<u16>, bool)> {
+    let mut heads = Vec::new();
     for n in 1..wanted {
-        queue.submit(Request::read(8 * u64::from(n), 4096), &Shape::default())?;
+        heads.push(queue.submit(Request::read(8 * u64::from(n), 4096), &Shape::default())?);
         if queue.ring.publish()? {
             // It looked at the ring meanwhile, and wants to be kicked again.
             queue.ring.kick()?;
-            return Ok(false);
+            return Ok((heads, false));
         }
     }
-    Ok(true)
+    Ok((heads, true))
 }
 
 fn coalesced(context: &Context) -> Result<()> {
@@ -355,7 +372,7 @@ fn coalesced(context: &Context) -> Result<()> {
         let Some(wanted) = asked(context, &mut guest)? else {
             return skip("too slow");
         };
-        let unkicked = add_fewer(&mut guest, wanted)?;
+        let (_, unkicked) = add_fewer(guest.queue(0), wanted)?;
         if round % 2 == 0 {
             let bases = guest.stop()?;
             let ring = &guest.queue(0).ring;
@@ -380,9 +397,79 @@ fn coalesced(context: &Context) -> Result<()> {
         let Some(wanted) = asked(context, &mut guest)? else {
             return skip("too slow");
         };
-        add_fewer(&mut guest, wanted)?;
+        add_fewer(guest.queue(0), wanted)?;
         drop(guest);
         guest = context.started(|_| ())?;
     }
     Ok(())
+}
+
+/// Adds requests to a slow disk, two at once, until the device asks for several more before it is kicked. None of them
+/// is waited for. Returns how many it asks for; `None` if they are not there soon.
+pub(crate) fn asked_in_flight(context: &Context, queue: &mut Queue) -> Result<Option<u16>> {
+    let begin = Instant::now();
+    let mut requests = 0;
+    while queue.ring.free_descriptors() > 3 * MOST {
+        for _ in 0..2 {
+            queue.submit(Request::read(0, 4096), &Shape::default())?;
+            requests += 1;
+        }
+        if queue.ring.publish()? {
+            queue.ring.kick()?;
+        }
+        // The slower they come, the longer it waits for others.
+        thread::sleep(MEANWHILE);
+        // It has them when it wants to be kicked for others.
+        let wanted = loop {
+            match queue.ring.wanted()? {
+                Some(wanted) => break wanted,
+                None => thread::yield_now(),
+            }
+            ensure!(begin.elapsed() < PATIENCE, "requests are not fetched");
+        };
+        if wanted > 2 {
+            return Ok(Some(wanted));
+        }
+    }
+    let each = begin.elapsed() / requests;
+    if each > SOON_ENOUGH_IN_FLIGHT {
+        context.step(format_args!("{each:?} for a request"));
+        return Ok(None);
+    }
+    bail!("{requests} requests, of {each:?} each, and each two of them kicked for")
+}
+
+fn coalesced_in_flight(context: &Context) -> Result<()> {
+    let mut guest = context.guest(|options| options.queue_size = 1024)?;
+    guest.start(context.slow_disk()?)?;
+    let (mut served, mut stopped) = (0, 0);
+    for round in 0..ROUNDS {
+        context.step(format_args!("round {round}"));
+        let Some(wanted) = asked_in_flight(context, guest.queue(0))? else {
+            return skip("too slow");
+        };
+        let (heads, unkicked) = add_fewer(guest.queue(0), wanted)?;
+        if round % 2 == 0 {
+            let bases = guest.stop()?;
+            let ring = &guest.queue(0).ring;
+            ensure!(
+                bases == [ring.used_idx()?],
+                "it stopped at {bases:?} with requests in flight: used index {}",
+                ring.used_idx()?
+            );
+            let left = ring.next_avail().wrapping_sub(ring.used_idx()?);
+            guest.resume(context.slow_disk()?, &bases)?;
+            stopped += u32::from(unkicked && usize::from(left) == heads.len());
+        } else {
+            served += u32::from(unkicked);
+        }
+        let done = guest.queue(0).wait_all(PATIENCE).context("nobody kicked")?;
+        for done in done {
+            check::outcome("not kicked for", &done, Status::Ok, UsedLen::Full)?;
+        }
+        if served > 0 && stopped > 0 {
+            return Ok(());
+        }
+    }
+    bail!("{served} rounds without a kick, {stopped} stopped before anybody looked")
 }
