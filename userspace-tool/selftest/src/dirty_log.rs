@@ -676,19 +676,16 @@ fn coalesced(context: &Context) -> Result<()> {
         // One that knows nothing yet of who adds fewer than it asks for.
         let mut guest = context.guest(|options| options.queue_size = 1024)?;
         let log = Log::of(guest.memory())?;
-        let features = guest.features();
         guest.start(context.slow_disk()?)?;
-        works("SET_LOG_BASE", guest.device().set_log_base(log.base()?))?;
 
-        let (device, queues) = guest.split();
-        let queue = &mut queues[0];
+        let queue = guest.queue(0);
         let Some(wanted) = kicks::asked_in_flight(context, queue)? else {
             return skip("too slow");
         };
         let fetched = queue.ring.next_avail();
         let (heads, unkicked) = kicks::add_fewer(queue, wanted)?;
-        switch(device, queues, features, true)?;
-        let queue = &mut queues[0];
+        start_log(&mut guest, &log)?;
+        let queue = guest.queue(0);
         let used = queue.ring.used_idx()?;
         ensure!(
             usize::from(used.wrapping_sub(fetched)) <= heads.len(),
@@ -698,10 +695,8 @@ fn coalesced(context: &Context) -> Result<()> {
         for &head in &heads {
             all.append(&mut writable(queue, head)?);
         }
-        for done in queue.wait_all(PATIENCE).context("nobody kicked")? {
-            check::outcome("a read", &done, Status::Ok, UsedLen::Full)?;
-        }
-        at_rest(device)?;
+        kicks::wait_unkicked(queue)?;
+        at_rest(guest.device())?;
         // What was fetched before need not be in it.
         if used == fetched {
             ensure!(log.has(all.iter().copied())?, "not logged: {all:?}");

@@ -349,6 +349,14 @@ pub(crate) fn add_fewer(queue: &mut Queue, wanted: u16) -> Result<(Vec<u16>, boo
     Ok((heads, true))
 }
 
+/// Waits for all requests, for some of which nobody may have kicked.
+pub(crate) fn wait_unkicked(queue: &mut Queue) -> Result<()> {
+    for done in queue.wait_all(PATIENCE).context("nobody kicked")? {
+        check::outcome("not kicked for", &done, Status::Ok, UsedLen::Full)?;
+    }
+    Ok(())
+}
+
 fn coalesced(context: &Context) -> Result<()> {
     let mut guest = context.started(|_| ())?;
     ensure!(guest.queue(0).ring.event_idx(), "EVENT_IDX is not on offer");
@@ -382,10 +390,7 @@ fn coalesced(context: &Context) -> Result<()> {
         } else {
             served += u32::from(unkicked);
         }
-        let done = guest.queue(0).wait_all(PATIENCE).context("nobody kicked")?;
-        for done in done {
-            check::outcome("not kicked for", &done, Status::Ok, UsedLen::Full)?;
-        }
+        wait_unkicked(guest.queue(0))?;
     }
     ensure!(
         served > 0 && stopped > 0,
@@ -463,10 +468,7 @@ fn coalesced_in_flight(context: &Context) -> Result<()> {
         } else {
             served += u32::from(unkicked);
         }
-        let done = guest.queue(0).wait_all(PATIENCE).context("nobody kicked")?;
-        for done in done {
-            check::outcome("not kicked for", &done, Status::Ok, UsedLen::Full)?;
-        }
+        wait_unkicked(guest.queue(0))?;
         if served > 0 && stopped > 0 {
             return Ok(());
         }
