@@ -9,8 +9,10 @@ import fnmatch
 KIB, MIB = 1 << 10, 1 << 20
 
 # What a front end can be; EXACT is the tool's, where instructions are counted,
-# and STAGES the tool's, where each request's way is traced.
-EXACT, TOOL, GUEST, FIO, STAGES = "exact", "tool", "guest", "fio", "stages"
+# and STAGES and GUEST_STAGES the tool's and a guest's, where each request's way
+# is traced.
+EXACT, TOOL, GUEST, FIO = "exact", "tool", "guest", "fio"
+STAGES, GUEST_STAGES = "stages", "guest-stages"
 
 # null_blk's ways to complete, by the disk's name: irqmode and nanoseconds.
 NULL_BLK = {"null_blk-inline": (0, 0), "null_blk-softirq": (1, 0),
@@ -112,6 +114,16 @@ class Cell:
         return "io_uring" if self.path.startswith(URING) else self.path.split("/")[0]
 
     @property
+    def in_guest(self):
+        """Whether a guest is the front end."""
+        return self.frontend in (GUEST, GUEST_STAGES)
+
+    @property
+    def traced(self):
+        """Whether each request's way is traced."""
+        return self.frontend in (STAGES, GUEST_STAGES)
+
+    @property
     def writes(self):
         """Whether anything is written."""
         return self.rw not in ("read", "randread")
@@ -143,10 +155,16 @@ def exact():
 
 
 def stages():
-    """The cells whose requests are traced."""
+    """The cells whose requests are traced: the tool's."""
     return [cell for disk in ("null_blk-softirq", *DISK_TIME)
             for cell in cross(STAGES, disk, ["vhost-blk", "vhost-user-blk/nopoll", URING],
                               ["randread"], [4 * KIB], [1])]
+
+
+def guest_stages():
+    """The same of a guest, with one processor, which kicks and is interrupted."""
+    return cross(GUEST_STAGES, "null_blk-softirq", GUEST_PATHS, ["randread"], [4 * KIB], [1],
+                 queues=1, vcpus=1)
 
 
 def switches():
@@ -211,7 +229,8 @@ def full():
                    disks=3)
     for disk in ("null_blk-100us", "brd"):
         cells += cross(GUEST, disk, GUEST_PATHS, rand, [4 * KIB], [1, 32], queues=2, vcpus=2)
-    return cells + [cell for cell in switches() if cell not in cells] + stages()
+    cells += [cell for cell in switches() if cell not in cells]
+    return cells + stages() + guest_stages()
 
 
 SETS = {"exact": exact, "switches": switches, "quick": quick, "full": full}

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from cells import FIO, GUEST, PARAMETERS, STAGES, TOOL, chosen
+from cells import FIO, GUEST, GUEST_STAGES, PARAMETERS, STAGES, TOOL, chosen
 from paths import GuestPath, Server, make_disk, sh  # also makes tests/host known
 import measure
 import stages
@@ -35,7 +35,8 @@ class Kept:
     def __init__(self, folder, order):
         self.folder = folder
         self.order = {cell.name: number for number, cell in enumerate(order)}
-        os.makedirs(f"{folder}/rounds", exist_ok=True)
+        for name in ("rounds", "traces"):
+            os.makedirs(f"{folder}/{name}", exist_ok=True)
 
     def path(self, cell):
         """The file of a cell."""
@@ -65,6 +66,19 @@ class Kept:
         if os.path.exists(self.path(cell)):
             os.unlink(self.path(cell))
 
+    def start(self, about, goes_on):
+        """Keep what the report says of where it was measured; of earlier starts, too,
+        if it goes on."""
+        path = f"{self.folder}/about.json"
+        if goes_on and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                before = json.load(file)["machine"]
+            for key in ("commit", "load of the machine before"):
+                said, now = before.get(key), about["machine"].get(key)
+                if said and now and now not in said.split("; "):
+                    about["machine"][key] = f"{said}; {now}"
+        self.write(path, about)
+
     @staticmethod
     def write(path, what):
         """Write a file so that it is never seen half-written."""
@@ -77,7 +91,7 @@ class Progress:
     """How far it is, and how long it will take: from what rounds took so far."""
 
     # Before anything was measured: seconds that a round takes.
-    GUESS = {TOOL: 0.8, FIO: 3.0, GUEST: 4.0, STAGES: 5.0}
+    GUESS = {TOOL: 0.8, FIO: 3.0, GUEST: 4.0, STAGES: 5.0, GUEST_STAGES: 10.0}
     GUEST_START = 40
 
     def __init__(self, todo, rounds):
@@ -87,7 +101,7 @@ class Progress:
         self.all = sum(self.left.values())
         self.took = {frontend: [0, 0.0] for frontend in self.left}
         self.rounds = rounds
-        self.guests = len({guest_of(cell) for cell, _ in todo if cell.frontend == GUEST})
+        self.guests = len({guest_of(cell) for cell, _ in todo if cell.in_guest})
 
     def seconds(self):
         """What is left, seconds."""
@@ -115,8 +129,7 @@ class Snapshot:
         self.time = time.monotonic()
         self.requests = requests(disks, size)
         self.busy = measure.busy()
-        self.cpu = measure.cpu(pid, match) if pid else None
-        self.switches = measure.switches(pid, match) if pid else None
+        self.threads = measure.threads(pid, match) if pid else None
         self.kvm = measure.kvm(vm) if vm else {}
 
     def since(self, before):
@@ -125,10 +138,11 @@ class Snapshot:
         if count < 10:
             raise RuntimeError(f"only {count} requests in {self.time - before.time:.1f} s")
         result = {"host_busy_us_per_req": (self.busy - before.busy) / count}
-        if self.cpu is not None:
-            result["host_cpu_us_per_req"] = (self.cpu - before.cpu) / 1000 / count
-            result["wakeups_per_req"] = (self.switches[0] - before.switches[0]) / count
-            result["ctxsw_per_req"] = (sum(self.switches) - sum(before.switches)) / count
+        if self.threads is not None:
+            cpu, waits, others = measure.used(before.threads, self.threads)
+            result["host_cpu_us_per_req"] = cpu / 1000 / count
+            result["wakeups_per_req"] = waits / count
+            result["ctxsw_per_req"] = (waits + others) / count
         for metric, name in (("exits_per_req", "exits"), ("interrupts_per_req", "irq_injections")):
             if name in self.kvm and name in before.kvm:
                 result[metric] = (self.kvm[name] - before.kvm[name]) / count
@@ -224,7 +238,7 @@ class Measurer:
         words = []
         for cell in cells:
             rounds = self.kept.read(cell)["rounds"]
-            if cell.frontend == STAGES:
+            if cell.traced:
                 sums = sorted(sum(each["stages_us"].values()) for each in rounds)
                 words.append(f"{cell.path} {sums[len(sums) // 2]:.0f} us")
                 continue
@@ -286,10 +300,12 @@ class Measurer:
     def stages_round(self, cell, disk, server):
         """One round with the tool, traced."""
         command = self.tool_command(cell, disk, server)
-        folder = f"{self.kept.folder}/traces"
-        os.makedirs(folder, exist_ok=True)
-        found = stages.measure(cell.path, command, f"{folder}/{cell.name.replace('/', ',')}")
+        found = stages.measure(cell.path, lambda: sh(*command, timeout=120), self.trace_of(cell))
         return " ".join(command), found
+
+    def trace_of(self, cell):
+        """The file that a trace is kept in."""
+        return f"{self.kept.folder}/traces/{cell.name.replace('/', ',')}"
 
     def tool(self, cells):
         """Cells of the tool and of fio in the host, on one disk."""
@@ -372,6 +388,12 @@ class Measurer:
         args = " ".join(word for path in paths for word in path.args)
         return f"{command}  # QEMU: {args}", {**fio_result(output), **counted}
 
+    def guest_stages_round(self, vm, cell, paths):
+        """One round in a guest, traced."""
+        command = " ".join(fio_command(cell, "libaio", f"/dev/{paths[0].block}", 1))
+        return command, stages.measure(cell.path, lambda: vm.run(command), self.trace_of(cell),
+                                       in_guest=True)
+
     def guest(self, cells):
         """Cells of a guest that has a disk, or several, for each path."""
         self.load("vhost-blk")
@@ -408,7 +430,8 @@ class Measurer:
                         self.drop(paths, path)
                 for group in by([cell for cell in cells if cell.path in paths],
                                 lambda cell: cell.group):
-                    self.rounds(group, lambda cell: self.guest_round(vm, cell, paths[cell.path]))
+                    how = self.guest_stages_round if group[0].traced else self.guest_round
+                    self.rounds(group, lambda cell, how=how: how(vm, cell, paths[cell.path]))
                 vm.shut_down()
         finally:
             for path in sum(paths.values(), []):
@@ -425,7 +448,7 @@ class Measurer:
 
 def wanted(cell, rounds):
     """How many rounds a cell is to have; a trace has many requests by itself."""
-    return 1 if cell.frontend == STAGES else rounds
+    return 1 if cell.traced else rounds
 
 
 def guest_of(cell):
@@ -474,7 +497,6 @@ def main():
     if options.again:
         for cell in cells:
             kept.forget(cell)
-    Kept.write(f"{options.kept}/about.json", machine(options.about))
     todo = [(cell, missing) for cell in cells
             if (missing := wanted(cell, options.rounds) - kept.count(cell)) > 0]
     progress = Progress(todo, options.rounds)
@@ -482,6 +504,7 @@ def main():
     missing = [cell for cell, _ in todo]
     if not missing:
         return 0
+    kept.start(machine(options.about), len(missing) < len(kept.order))
 
     if os.path.isdir("/sys/module/vhost_blk"):
         sys.exit("error: the module is loaded, and is to be measured with several parameters: "
@@ -491,9 +514,8 @@ def main():
     sh("cp", options.tool, f"{options.work}/vhost-blk")
     options.tool = f"{options.work}/vhost-blk"
     measurer = Measurer(options, kept, progress)
-    groups = by([cell for cell in missing if cell.frontend != GUEST], lambda cell: cell.disk)
-    groups += by([cell for cell in missing if cell.frontend == GUEST],
-                 guest_of)
+    groups = by([cell for cell in missing if not cell.in_guest], lambda cell: cell.disk)
+    groups += by([cell for cell in missing if cell.in_guest], guest_of)
     for group in groups:
         tries = 0
         while tries < TRIES:
@@ -503,7 +525,7 @@ def main():
                 break
             left = sum(progress.left.values())
             try:
-                (measurer.guest if group[0].frontend == GUEST else measurer.tool)(group)
+                (measurer.guest if group[0].in_guest else measurer.tool)(group)
                 break
             except (GuestError, RuntimeError, OSError, subprocess.SubprocessError) as error:
                 first = str(error).strip().splitlines()[0]

@@ -2,13 +2,15 @@
 """Where the time of one request goes: its way, cut into stages by the kernel's
 trace events.
 
-The tool's front end has one request in flight at a time. Each of its kicks
-begins a request; what happens until the next is searched for the events that
-end its stages.
+One request is in flight at a time, of the tool's front end or of a guest. Each
+kick begins a request; what happens until the next is searched for the events
+that end its stages.
 """
 
+import contextlib
 import os
 import re
+import shutil
 import statistics
 import subprocess
 
@@ -24,9 +26,16 @@ EVENTS = ["sched/sched_waking", "sched/sched_switch", "block/block_bio_queue",
           "block/block_rq_issue", "block/block_rq_complete", "syscalls/sys_enter_write",
           "syscalls/sys_exit_read", "syscalls/sys_enter_io_uring_enter",
           "syscalls/sys_exit_io_uring_enter", "raw_syscalls/sys_enter"]
-# Of the vhost core: the driver takes a request, and gives it back. Left out
-# where the kernel has no such function to probe.
-PROBES = {"vb_fetch": "vhost_get_vq_desc_n", "vb_used": "vhost_add_used_n"}
+GUEST_EVENTS = ["kvm/kvm_exit", "kvm/kvm_entry", "kvm/kvm_inj_virq", "kvm/kvm_msi_set_irq"]
+# Of the vhost core: the driver takes a request, and gives it back. An eventfd is
+# signalled by the kernel: by KVM, when the guest kicks, and by vhost, when it is
+# called. Left out where the kernel has no such function to probe.
+PROBES = {"vb_fetch": "vhost_get_vq_desc_n", "vb_used": "vhost_add_used_n",
+          "vb_signal": "eventfd_signal_mask"}
+# The name of a thread that runs a guest's processor.
+VCPU = re.compile(r"CPU \d+/KVM")
+# The last stage of a guest's request: until it kicks for the next one.
+IN_GUEST = "guest"
 
 
 class Event:
@@ -54,82 +63,162 @@ def parse(text):
     return [Event(match) for line in text.splitlines() if (match := LINE.match(line))]
 
 
+def named(*names):
+    """Whether it is one of these events."""
+    return lambda event, front, server: event.name in names
+
+
+def by_front(*names):
+    """Whether it is one of these, of the front end's own thread."""
+    return lambda event, front, server: event.name in names and event.pid == front
+
+
+def wakes_server(event, _front, server):
+    """Whether the server is woken."""
+    return event.name == "sched_waking" and event.field("pid") == server
+
+
+def runs_server(event, _front, server):
+    """Whether the server goes on."""
+    return event.name == "sched_switch" and event.field("next_pid") == server
+
+
+def wakes_front(event, front, _server):
+    """Whether the front end is woken."""
+    return event.name == "sched_waking" and event.field("pid") == front
+
+
+def runs_front(event, front, _server):
+    """Whether the front end goes on."""
+    return event.name == "sched_switch" and event.field("next_pid") == front
+
+
+def calls(event, _front, server):
+    """Whether the call's eventfd is signalled, by the kernel or by a program."""
+    return event.name == "vb_signal" or event.name == "sys_enter_write" and event.pid == server
+
+
+# The disk's part of every request.
+DISK = [("submit", named("block_bio_queue"), True),
+        ("block layer", named("block_rq_issue"), False),
+        ("device", named("block_rq_complete"), True)]
+
+
 def stages_of(path, direct):
-    """For a path: the event that begins a request, and (stage, the event that
-    ends it, whether each request has it). Each takes an event, the front end's
-    thread and the server's. direct: they are the same."""
-    def named(*names):
-        return lambda event, front, server: event.name in names
-
-    def by_front(*names):
-        return lambda event, front, server: event.name in names and event.pid == front
-
-    def wakes_server(event, _front, server):
-        return event.name == "sched_waking" and event.field("pid") == server
-
-    def runs_server(event, _front, server):
-        return event.name == "sched_switch" and event.field("next_pid") == server
-
-    def wakes_front(event, front, _server):
-        return event.name == "sched_waking" and event.field("pid") == front
-
-    def runs_front(event, front, _server):
-        return event.name == "sched_switch" and event.field("next_pid") == front
-
-    device = [("submit", named("block_bio_queue"), True),
-              ("block layer", named("block_rq_issue"), False),
-              ("device", named("block_rq_complete"), True)]
+    """For a path of the tool's front end: the event that begins a request, and
+    (stage, the event that ends it, whether each request has it). Each takes an
+    event, the front end's thread and the server's. direct: they are the same."""
     back = [("front end's wake-up", runs_front, False)]
     if path == URING:
-        return (by_front("sys_enter_io_uring_enter"), device
+        return (by_front("sys_enter_io_uring_enter"), DISK
                 + [("complete", wakes_front, False)] + back
                 + [("return", by_front("sys_exit_io_uring_enter"), True)])
     if direct:
-        return (by_front("sys_enter_write"), device
-                + [("signal", wakes_front, False)] + back
+        return (by_front("sys_enter_write"), [("fetch", named("vb_fetch"), False)] + DISK
+                + [("used ring", calls, False), ("signal", wakes_front, False)] + back
                 + [("return", by_front("sys_exit_read"), True)])
     return (by_front("sys_enter_write"),
             [("kick", wakes_server, False), ("server's wake-up", runs_server, False),
-             ("fetch", named("vb_fetch"), False)] + device
-            + [("complete", named("vb_used"), False), ("signal", wakes_front, True)] + back
+             ("fetch", named("vb_fetch"), False)] + DISK
+            + [("complete", named("vb_used"), False), ("used ring", calls, False),
+               ("signal", wakes_front, True)] + back
             + [("return", by_front("sys_exit_read"), True)])
 
 
-class Trace:
-    """The requests of one trace."""
+def guest_stages(direct):
+    """The same for a guest, whose requests begin with its exit. direct: the thread
+    that runs its processor serves."""
+    kick = [("kick", by_front("vb_signal"), False)]
+    server = [] if direct else [("server's wake-up", runs_server, False)]
+    again = [] if direct else [("server's second wake-up", runs_server, False)]
+    return (kick + server + [("fetch", named("vb_fetch"), False)] + DISK + again
+            + [("complete", named("vb_used"), False), ("used ring", calls, False),
+               ("signal", named("kvm_msi_set_irq"), True),
+               ("vCPU's wake-up", runs_front, False),
+               ("injection", by_front("kvm_entry"), True)])
 
-    def __init__(self, text, path):
+
+class Trace:
+    """The requests of one trace: of the tool's front end, or of a guest with one processor."""
+
+    def __init__(self, text, path, in_guest=False):
         self.events = parse(text)
+        self.in_guest = in_guest
         self.front = next((event.pid for event in self.events
-                           if event.comm.startswith("bench-")), None)
+                           if (VCPU.match(event.comm) if in_guest
+                               else event.comm.startswith("bench-"))), None)
         # The server is who most often submits to the disk.
         submitters = [event.pid for event in self.events if event.name == "block_bio_queue"]
         self.server = statistics.mode(submitters) if submitters else None
         # The front end itself submits for a path that is served, too.
         self.direct = path != URING and self.server == self.front
-        begins, self.wanted = stages_of(path, self.direct)
-        starts = [number for number, event in enumerate(self.events)
-                  if begins(event, self.front, self.server)]
+        if in_guest:
+            self.wanted, starts = guest_stages(self.direct), self.exits()
+        else:
+            begins, self.wanted = stages_of(path, self.direct)
+            starts = [number for number, event in enumerate(self.events)
+                      if self.is_end(begins, event)]
         # The first ones find everything cold.
         self.starts = starts[len(starts) // 10:]
+
+    def is_end(self, predicate, event):
+        """Whether this is the event."""
+        return predicate(event, self.front, self.server)
+
+    def exits(self):
+        """Where the guest's processor leaves it to kick: its last exit before what
+        leads to the submission."""
+        found = []
+        last = kick = None
+        for number, event in enumerate(self.events):
+            if event.name == "kvm_exit" and event.pid == self.front:
+                last = number
+            elif kick is None and (self.is_end(by_front("vb_signal"), event)
+                                   or self.is_end(wakes_server, event)):
+                kick = last
+            elif event.name == "kvm_msi_set_irq":
+                kick = None
+            elif event.name == "block_bio_queue":
+                begin = last if kick is None or self.direct else kick
+                if begin is not None and begin not in found[-1:]:
+                    found.append(begin)
+        return found
 
     def stages(self):
         """For each request whose events are all there: its stages' microseconds."""
         requests = []
         for first, last in zip(self.starts, self.starts[1:]):
-            request, now, place = {}, self.events[first].time, first + 1
-            for stage, ends_it, needed in self.wanted:
-                found = next((number for number in range(place, last)
-                              if ends_it(self.events[number], self.front, self.server)), None)
-                if found is None:
-                    if needed:
-                        break
-                    continue
-                request[stage] = self.events[found].time - now
-                now, place = self.events[found].time, found + 1
-            else:
+            request = self.request(first, last)
+            if request:
                 requests.append(request)
         return requests
+
+    def request(self, first, last):
+        """The stages of the request whose events are these, or None. What not each
+        request has is searched for before the next that each one has."""
+        request, now, place = {}, self.events[first].time, first + 1
+
+        def find(predicate, until):
+            return next((number for number in range(place, until)
+                         if self.is_end(predicate, self.events[number])), None)
+
+        for number, (stage, ends_it, needed) in enumerate(self.wanted):
+            until = last
+            if not needed:
+                following = next(predicate for _, predicate, must in self.wanted[number:] if must)
+                until = find(following, last)
+                if until is None:
+                    return None
+            found = find(ends_it, until)
+            if found is None:
+                if needed:
+                    return None
+                continue
+            request[stage] = self.events[found].time - now
+            now, place = self.events[found].time, found + 1
+        if self.in_guest:
+            request[IN_GUEST] = self.events[last].time - now
+        return request
 
     def per_request(self, name, pid):
         """How often an event with the server's thread happens for each request; 0
@@ -158,52 +247,63 @@ def summarize(requests, stages):
     return result
 
 
-def trace(command):
-    """Run a program under the trace; returns the trace."""
+def probe(command):
+    """Add a kprobe, or take it away. Not by open(): it seeks, which that file cannot."""
+    file = os.open(f"{TRACING}/kprobe_events", os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(file, f"{command}\n".encode())
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def traced(keep, events):
+    """Trace what happens within, into a file."""
     if not os.path.ismount(TRACING):
         sh("mount", "-t", "tracefs", "tracefs", TRACING)
-    probes = []
+    events, probes = list(events), []
     for name, function in PROBES.items():
         try:
-            with open(f"{TRACING}/kprobe_events", "a", encoding="ascii") as file:
-                file.write(f"p:kprobes/{name} {function}\n")
+            probe(f"p:kprobes/{name} {function}")
             probes.append(name)
         except OSError:
             continue
+    events += [f"kprobes/{name}" for name in probes]
     os.makedirs(INSTANCE, exist_ok=True)
     try:
         write(f"{INSTANCE}/trace_clock", "mono")
         write(f"{INSTANCE}/buffer_size_kb", 8192)
-        for event in EVENTS + [f"kprobes/{name}" for name in probes]:
+        for event in events:
             write(f"{INSTANCE}/events/{event}/enable", 1)
         write(f"{INSTANCE}/tracing_on", 1)
-        sh(*command, timeout=120)
+        yield
         write(f"{INSTANCE}/tracing_on", 0)
-        with open(f"{INSTANCE}/trace", encoding="utf-8", errors="replace") as file:
-            return file.read()
+        with open(f"{INSTANCE}/trace", encoding="utf-8", errors="replace") as file, \
+                open(keep, "w", encoding="utf-8") as copy:
+            shutil.copyfileobj(file, copy)
     finally:
-        for event in EVENTS + [f"kprobes/{name}" for name in probes]:
+        for event in events:
             write(f"{INSTANCE}/events/{event}/enable", 0)
         os.rmdir(INSTANCE)
         for name in probes:
-            with open(f"{TRACING}/kprobe_events", "a", encoding="ascii") as file:
-                file.write(f"-:kprobes/{name}\n")
+            probe(f"-:kprobes/{name}")
 
 
-def measure(path, command, keep):
-    """The stages of a path, under the tool's command line, and what else the
-    trace tells. It is kept in a file."""
+def measure(path, load, keep, in_guest=False):
+    """The stages of a path while `load()` runs, and what else the trace tells. It
+    is kept in a file."""
     try:
-        text = trace(command)
+        with traced(keep, EVENTS + (GUEST_EVENTS if in_guest else [])):
+            load()
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"tracing: {error}") from error
-    with open(keep, "w", encoding="utf-8") as file:
-        file.write(text)
-    found = Trace(text, path)
+    with open(keep, encoding="utf-8") as file:
+        found = Trace(file.read(), path, in_guest)
     requests = found.stages()
     if len(requests) < 20:
         raise RuntimeError(f"the trace shows only {len(requests)} complete requests: {keep}")
-    return {"stages_us": summarize(requests, [stage for stage, _, _ in found.wanted]),
+    names = [stage for stage, _, _ in found.wanted] + [IN_GUEST] * in_guest
+    return {"stages_us": summarize(requests, names),
             "syscalls_per_req": found.per_request("sys_enter", lambda event: event.pid),
             "wakeups_per_req": found.per_request("sched_waking",
                                                  lambda event: event.field("pid"))}

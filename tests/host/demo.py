@@ -47,11 +47,11 @@ class Path:
         """Run fio in the guest once; keep IOPS, latency and CPU per request."""
         kind, depth = workload
         pid = vm.process.pid
-        cpu, requests = measure.cpu(pid, self.threads), measure.requests(self.disk.path)
+        before, requests = measure.threads(pid, self.threads), measure.requests(self.disk.path)
         output = vm.run("fio --name=demo --ioengine=libaio --direct=1 --norandommap --bs=4k "
                         f"--rw=rand{kind} --iodepth={depth} --filename=/dev/{self.block} "
                         f"--time_based --runtime={SECONDS} --output-format=json", 120)
-        cpu = measure.cpu(pid, self.threads) - cpu
+        cpu, _, _ = measure.used(before, measure.threads(pid, self.threads))
         requests = measure.requests(self.disk.path) - requests
         job = json.loads(output[output.index("{"):output.rindex("}") + 1])["jobs"][0][kind]
         if not requests or not cpu:

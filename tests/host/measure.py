@@ -35,29 +35,28 @@ def _tasks(pid, match):
             continue
 
 
-def cpu(pid, match):
-    """CPU time of the threads of a process whose name matches, nanoseconds."""
-    total = 0
-    for folder in _tasks(pid, match):
-        try:
-            total += int(read(f"{folder}/schedstat").split()[0])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
-
-
-def switches(pid, match):
-    """How often those threads have left a processor: to wait, and otherwise."""
-    waits = others = 0
+def threads(pid, match):
+    """What the threads of a process whose name matches have used so far, by thread:
+    CPU time, nanoseconds, and how often they have left a processor, to wait and
+    otherwise."""
+    found = {}
     for folder in _tasks(pid, match):
         try:
             lines = dict(line.split(":", 1) for line in read(f"{folder}/status").splitlines()
                          if ":" in line)
+            found[folder] = (int(read(f"{folder}/schedstat").split()[0]),
+                             int(lines["voluntary_ctxt_switches"]),
+                             int(lines["nonvoluntary_ctxt_switches"]))
         except (FileNotFoundError, ProcessLookupError):
             continue
-        waits += int(lines["voluntary_ctxt_switches"])
-        others += int(lines["nonvoluntary_ctxt_switches"])
-    return waits, others
+    return found
+
+
+def used(before, after):
+    """The same of all of them together, between two such: of those that have not ended."""
+    none = (0, 0, 0)
+    return [sum(now[place] - before.get(thread, none)[place] for thread, now in after.items())
+            for place in range(len(none))]
 
 
 def busy():
