@@ -107,4 +107,4 @@ help:
 	@echo  'Measurements (docs/performance.md); BENCH="WORD ..." picks cells by name:'
 	@echo  '  make bench-exact      instructions per request, the same on any machine (5 minutes)'
 	@echo  '  make bench-quick      vhost-blk beside other paths: what the goals name (15 minutes)'
-	@echo  '  make bench            the whole matrix (hours); goes on where it was interrupted'
+	@echo  '  make bench            the whole matrix (an hour, or more); goes on where it was interrupted'

@@ -14,8 +14,8 @@ from html import escape
 
 import goals
 import svg
-from cells import (DISK_TIME, FIO, FRONT_END, GUEST, SMALL_PAGES, TOOL, UNREGISTERED, URING, URING_SMALL_PAGES,
-                   Cell)
+from cells import (DISK_TIME, FIO, FRONT_END, GUEST, GUEST_STAGES, SMALL_PAGES, STAGES, TOOL, UNREGISTERED,
+                   URING, URING_SMALL_PAGES, Cell)
 from spread import NO_DIFFERENCE, Spread, group_of, number, times
 
 # What a round can have measured beside the IOPS, and what it is called.
@@ -29,7 +29,7 @@ METRICS = {
     "host_busy_us_per_req": "CPU of the host outside of the guest, us/request",
     "front_end_cpu_us_per_req": "CPU of the front end, us/request",
     "ctxsw_per_req": "context switches of who serves/request",
-    "wakeups_per_req": "wake-ups of who serves/request",
+    "wakeups_per_req": "wake-ups of who serves (as often as it waits)/request",
     "syscalls_per_req": "system calls of who serves/request",
     "exits_per_req": "VM exits/request",
     "interrupts_per_req": "interrupts injected/request",
@@ -186,7 +186,7 @@ COLUMNS = {
            "host_busy_us_per_req", "ctxsw_per_req"],
     FIO: ["iops", "lat_p50_us", "lat_p99_us", "host_busy_us_per_req"],
     GUEST: ["host_cpu_us_per_req", "host_busy_us_per_req", "iops", "lat_p50_us", "lat_p99_us",
-            "ctxsw_per_req", "exits_per_req", "interrupts_per_req"],
+            "wakeups_per_req", "ctxsw_per_req", "exits_per_req", "interrupts_per_req"],
 }
 # The measure that is shown as a picture, and in which vhost-blk is compared.
 MAIN = {TOOL: "iops", FIO: "iops", GUEST: "host_cpu_us_per_req"}
@@ -197,14 +197,23 @@ NOTES = {
     FIO: "fio on the same device, without any ring: what the host itself can do.",
     GUEST: "fio in a KVM guest, a disk for each path. 'vhost-blk to it' is the CPU time of "
            "vhost-blk's worker for one request to that of the row's serving threads: lower is "
-           "better.",
+           "better. A vCPU that submits where it kicks, as vhost-blk's does when the disk has "
+           "nothing to do, is not among these: the CPU of the host outside of the guest has that, "
+           "and interrupts.",
 }
 
 
-def comparison(frontend, cells):
+# Of an emulated host.
+SWITCHES = ("An emulated processor pays dearly for a switch to another address space, which only vhost-user-blk needs "
+            "here: its times are longer for that than they would be on hardware. Instructions are not.")
+
+
+def comparison(frontend, cells, emulated):
     """The blocks of one front end."""
     main = MAIN[frontend]
     blocks = [Heading(TITLES[frontend]), Paragraph(NOTES[frontend])]
+    if emulated and frontend == TOOL:
+        blocks.append(Paragraph(SWITCHES))
     label = {"iops": "IOPS", **METRICS}
     columns = [column for column in COLUMNS[frontend]
                if any(Spread.of(cell, column) for cell in cells)]
@@ -237,16 +246,74 @@ def comparison(frontend, cells):
     return blocks
 
 
+def missed_blocks(cells, missed):
+    """The blocks of what was not reached, and what the time is spent on there.
+
+    missed: goals.
+    """
+    blocks = [Heading("What was not reached, and what the time is spent on")]
+    if not missed:
+        return blocks + [Paragraph("All of the above is reached.")]
+    blocks.append(Table(["goal", "where", "ratio"],
+                        [[goal.text, name, f"{ratio:.2f}"]
+                         for goal in missed for name, ratio in goal.missed]))
+    found, rows = groups(cells), []
+    for name in dict.fromkeys(name for goal in missed for name, _ in goal.missed):
+        members = [cell for cell in found.get(name, []) if cell["host_busy_us_per_req"]]
+        # vhost-blk, and the best of the others in each of what it is compared in.
+        paths = {"vhost-blk"}
+        for metric, pick in (("host_cpu_us_per_req", min), ("host_busy_us_per_req", min),
+                             ("iops_median", max)):
+            others = [cell for cell in members if cell["path"] != "vhost-blk" and cell[metric]]
+            if others:
+                paths.add(pick(others, key=lambda cell, metric=metric: cell[metric])["path"])
+        first = name
+        for cell in members:
+            if cell["path"] in paths:
+                rows.append([first, cell["path"], number(cell["iops_median"]), *spent(cell)])
+                first = ""
+    if rows:
+        blocks += [Paragraph("There one request costs, in microseconds of the host's processors, "
+                             "beside the best of the other paths. The rest is what the guest's "
+                             "exits cost, the submission of who kicks, and interrupts."),
+                   Table(["load", "path", "IOPS", "CPU of who serves", "wake-ups",
+                          "who serves, for a wake-up", "the rest of the host's CPU", "VM exits",
+                          "interrupts injected"], rows)]
+    blocks.append(Paragraph("docs/performance.md says what is known of the reasons, and what was "
+                            "tried."))
+    return blocks
+
+
+def spent(cell):
+    """What the host's time for a request is spent on, as the columns say."""
+    cpu, busy, wakeups = (cell[f"{name}_per_req"] for name in
+                          ("host_cpu_us", "host_busy_us", "wakeups"))
+    return [number(cpu), number(wakeups), number(cpu / wakeups) if cpu and wakeups else "-",
+            number(max(busy - (cpu or 0), 0)), number(cell["exits_per_req"]),
+            number(cell["interrupts_per_req"])]
+
+
+STAGES_NOTES = {
+    STAGES: "The tool's front end, 4 KiB random reads at depth 1. Microseconds, from trace events in "
+            "the host, whose own cost is in them. Each stage ends with the event that gives it its "
+            "name. Stages that a path does not have, or the trace does not show, are in the next one.",
+    GUEST_STAGES: "The same of a guest with one processor, from the exit with which it kicks to the "
+                  "exit with which it kicks for the next request: 'guest' is what it adds, its other "
+                  "exits included; 'injection' ends with its entry. Where the processor that kicks "
+                  "serves, it needs no wake-up.",
+}
+
+
 def stages_blocks(cells):
     """The blocks of where the time of one request goes."""
-    blocks = [Heading("Where the time of one request goes"),
-              Paragraph("The tool's front end, 4 KiB random reads at depth 1. Microseconds, from "
-                        "trace events in the host, whose own cost is in them. Each stage ends with "
-                        "the event that gives it its name. Stages that a path does not have, or "
-                        "the trace does not show, are in the next one.")]
-    for disk in dict.fromkeys(cell["disk"] for cell in cells):
-        rows = [(cell["path"], list(cell["stages_us"].items())) for cell in cells
-                if cell["disk"] == disk]
+    blocks = [Heading("Where the time of one request goes")]
+    for frontend, disk in dict.fromkeys((cell["frontend"], cell["disk"]) for cell in cells):
+        if STAGES_NOTES[frontend] not in blocks:
+            blocks.append(Paragraph(STAGES_NOTES[frontend]))
+        blocks.append(Heading(f"{'Guest' if frontend == GUEST_STAGES else 'Tool'}: "
+                              f"{disk_text({'disk': disk})}"))
+        same = [cell for cell in cells if (cell["frontend"], cell["disk"]) == (frontend, disk)]
+        rows = [(cell["path"], list(cell["stages_us"].items())) for cell in same]
         names = []
         for _, pieces in rows:
             # In the order of the request's way, whatever path has them.
@@ -255,7 +322,7 @@ def stages_blocks(cells):
                     before = [names.index(other) for other, _ in pieces[:place] if other in names]
                     names.insert(max(before, default=-1) + 1, stage)
         counts = {cell["path"]: [number(cell["wakeups_per_req"]), number(cell["syscalls_per_req"])]
-                  for cell in cells if cell["disk"] == disk}
+                  for cell in same}
         table = [[path] + [number(dict(pieces).get(stage)) for stage in names]
                  + [number(sum(value for _, value in pieces))] + counts[path]
                  for path, pieces in rows]
@@ -278,7 +345,8 @@ def blocks_of(document, before=None):
     if found:
         result += [Heading("What it must show"),
                    Table(["goal", "measured", ""], [[each.text, each.measured, each.verdict]
-                                                    for each in found])]
+                                                    for each in found]),
+                   *missed_blocks(cells, [each for each in found if each.missed])]
     exact = exact_cells(document)
     if exact:
         plot = []
@@ -300,7 +368,7 @@ def blocks_of(document, before=None):
         measured = [cell for cell in cells
                     if cell["frontend"] == frontend and cell["iops_median"] is not None]
         if measured:
-            result += comparison(frontend, measured)
+            result += comparison(frontend, measured, document["emulated"])
     traced = [cell for cell in cells if cell.get("stages_us")]
     if traced:
         result += stages_blocks(traced)
@@ -425,6 +493,10 @@ def main():
     exact = load(options.exact) if options.exact else None
     if exact and exact["machine"].get("module") == about["machine"].get("module"):
         document["cells"] = exact["cells"] + document["cells"]
+    else:
+        document["notes"].append("The instructions for a request have not been counted with this module, so "
+                                 "nothing is said of the goals set on them: make bench-exact, then bench/run "
+                                 "report.")
     write_all(options.output, document)
     print(f"{options.output}/report.html (and report.md, results.json): "
           f"{len(document['cells'])} cells")
