@@ -36,6 +36,8 @@ PROBES = {"vb_fetch": "vhost_get_vq_desc_n", "vb_used": "vhost_add_used_n",
 VCPU = re.compile(r"CPU \d+/KVM")
 # The last stage of a guest's request: until it kicks for the next one.
 IN_GUEST = "guest"
+# What an entry to the guest is called that brings it the interrupt of the request.
+INJECTED = "kvm_entry_injected"
 
 
 class Event:
@@ -54,8 +56,8 @@ class Event:
 
     def field(self, name):
         """A field of the event, as a number."""
-        found = re.search(rf"\b{name}=(\d+)", self.rest)
-        return int(found.group(1)) if found else None
+        found = re.search(rf"\b{name}[= ](0x[0-9a-f]+|\d+)", self.rest)
+        return int(found.group(1), 0) if found else None
 
 
 def parse(text):
@@ -135,7 +137,7 @@ def guest_stages(direct):
             + [("complete", named("vb_used"), False), ("used ring", calls, False),
                ("signal", named("kvm_msi_set_irq"), True),
                ("vCPU's wake-up", runs_front, False),
-               ("injection", by_front("kvm_entry"), True)])
+               ("injection", by_front(INJECTED), True)])
 
 
 class Trace:
@@ -153,6 +155,7 @@ class Trace:
         # The front end itself submits for a path that is served, too.
         self.direct = path != URING and self.server == self.front
         if in_guest:
+            self.mark_injections()
             self.wanted, starts = guest_stages(self.direct), self.exits()
         else:
             begins, self.wanted = stages_of(path, self.direct)
@@ -164,6 +167,27 @@ class Trace:
     def is_end(self, predicate, event):
         """Whether this is the event."""
         return predicate(event, self.front, self.server)
+
+    def mark_injections(self):
+        """Find the entry to the guest with which each request's interrupt comes: the
+        next one, if the processor takes it without KVM."""
+        vector = entry = None
+        injected = False
+        for event in self.events:
+            if event.name == "kvm_msi_set_irq":
+                vector, entry, injected = event.field("vec"), None, False
+            elif event.name == "block_bio_queue" and vector is not None:
+                if entry is not None:
+                    entry.name = INJECTED
+                vector = None
+            elif vector is None or event.pid != self.front:
+                continue
+            elif event.name == "kvm_inj_virq":
+                injected |= event.field("IRQ") == vector
+            elif event.name == "kvm_entry" and injected:
+                event.name, vector = INJECTED, None
+            elif event.name == "kvm_entry" and entry is None:
+                entry = event
 
     def exits(self):
         """Where the guest's processor leaves it to kick: its last exit before what
