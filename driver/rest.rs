@@ -258,11 +258,20 @@ pub(super) struct Data {
 
 impl Data {
     /// The next bio of the request, or `None` if there is no memory for it now.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError::Fault`] also if the disk has become smaller or read-only since the request came.
     fn next_bio<'a>(
         &mut self,
         guard: &VirtqueueGuard<'a, Queue>,
         first: bool,
     ) -> Option<Result<Bio<'a, Building>, BuildError>> {
+        let disk = guard.backend()?;
+        let end = self.sector + self.left as u64 / SECTOR_SIZE;
+        if end > disk.capacity() || (self.op != Op::Read && !disk.writable()) {
+            return Some(Err(BuildError::Fault));
+        }
         let how = self.how;
         let mut bio = guard.new_bio(self.op, self.sector, how.pages(self.left), first)?;
 

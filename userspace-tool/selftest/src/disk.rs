@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use vhost_blk_ring::aligned::{ALIGN, Aligned};
@@ -26,6 +27,21 @@ pub(crate) fn open(path: &Path, read: bool, write: bool) -> Result<File> {
         .custom_flags(libc::O_CLOEXEC)
         .open(path)
         .with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Has a disk refuse writes, or take them again.
+pub(crate) fn set_read_only(path: &Path, read_only: bool) -> Result<()> {
+    let status = Command::new("blockdev")
+        .arg(if read_only { "--setro" } else { "--setrw" })
+        .arg(path)
+        .status()
+        .context("cannot run blockdev")?;
+    ensure!(
+        status.success(),
+        "blockdev, of {}: {status}",
+        path.display()
+    );
+    Ok(())
 }
 
 /// What is in `count` sectors from `sector` on: every eight bytes are different from all others on

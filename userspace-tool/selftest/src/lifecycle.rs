@@ -61,6 +61,12 @@ pub(crate) const TESTS: &[Test] = &[
         stop_demanding
     ),
     test!(
+        "life.read_only_in_write",
+        "a disk that becomes read-only during a long write: the rest of it fails",
+        60,
+        read_only_in_write
+    ),
+    test!(
         "life.close_demanding",
         "close with copied and long requests in flight",
         180,
@@ -889,6 +895,11 @@ fn demanding_load(guest: &mut Guest) -> Result<()> {
         }
         queue.kick()?;
     }
+    wait_fetched(guest)
+}
+
+/// Waits until a request of the first queue is fetched.
+fn wait_fetched(guest: &mut Guest) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while guest.device().get_vring_base(0)? == 0 {
         ensure!(Instant::now() < deadline, "no request is fetched");
@@ -934,6 +945,24 @@ fn stop_demanding(context: &Context) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn read_only_in_write(context: &Context) -> Result<()> {
+    let mut guest = slow_guest(context, false, demanding)?;
+    let path = context.slow_disk_path()?;
+    // More than is in flight at once.
+    let write = Request::write(0, disk::seeded(1, 0, 24 << 10));
+    guest.queue(0).submit(write, &Shape::default())?;
+    guest.queue(0).kick()?;
+    wait_fetched(&mut guest)?;
+    disk::set_read_only(path, true)?;
+    let done = guest.queue(0).wait_all(PATIENCE);
+    disk::set_read_only(path, false)?;
+    for done in done? {
+        check::outcome("the long write", &done, Status::IoErr, UsedLen::Failed)?;
+    }
+    let data = disk::seeded(2, 0, 8);
+    check::write("afterwards", guest.queue(0), 0, data, &Shape::default())
 }
 
 fn close_demanding(context: &Context) -> Result<()> {
