@@ -19,16 +19,28 @@ bool rust_helper_bdev_read_only(struct block_device *bdev)
 	return bdev_read_only(bdev);
 }
 
-/*
- * The block layer has every disk with tags take REQ_NOWAIT, but calls the
- * driver where the bio is submitted all the same, and that may sleep.
- */
 bool rust_helper_bdev_nowait(struct block_device *bdev)
 {
-	struct request_queue *queue = bdev_get_queue(bdev);
+	return bdev_nowait(bdev);
+}
 
-	return bdev_nowait(bdev) &&
-	       !(queue_is_mq(queue) && queue->tag_set->flags & BLK_MQ_F_BLOCKING);
+/*
+ * The block layer has every disk with tags take REQ_NOWAIT, but calls the
+ * driver where the bio is submitted all the same, and that may sleep. A driver
+ * may free its tags once its disk is removed, which takes the mutex.
+ */
+bool rust_helper_bdev_may_sleep(struct block_device *bdev)
+{
+	struct gendisk *disk = bdev->bd_disk;
+	struct request_queue *queue = disk->queue;
+	bool may_sleep;
+
+	if (!queue_is_mq(queue))
+		return false;
+	mutex_lock(&disk->open_mutex);
+	may_sleep = !disk_live(disk) || queue->tag_set->flags & BLK_MQ_F_BLOCKING;
+	mutex_unlock(&disk->open_mutex);
+	return may_sleep;
 }
 
 bool rust_helper_bdev_write_cache(struct block_device *bdev)

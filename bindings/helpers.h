@@ -22,6 +22,7 @@ struct vhost_virtqueue;
 
 bool rust_helper_bdev_read_only(struct block_device *bdev);
 bool rust_helper_bdev_nowait(struct block_device *bdev);
+bool rust_helper_bdev_may_sleep(struct block_device *bdev);
 bool rust_helper_bdev_write_cache(struct block_device *bdev);
 int rust_helper_bdev_alignment_offset(struct block_device *bdev);
 unsigned int rust_helper_bdev_nr_zones(struct block_device *bdev);

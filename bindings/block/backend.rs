@@ -35,6 +35,8 @@ struct Device {
     /// Keeps `bdev` open.
     _file: File,
     bdev: *mut raw::block_device,
+    /// The driver itself may sleep where a bio is submitted.
+    may_sleep: bool,
 }
 
 /// A reference to an open file.
@@ -119,6 +121,8 @@ impl Backend {
     /// `EINVAL` if it is not open for reading, or is a regular file that can do no direct I/O, or not in blocks
     /// of up to 4096 bytes, or is open for appending; `ETXTBSY` if it is a file that is swapped to; `ENOMEM`;
     /// errors of the file's filesystem.
+    ///
+    /// Context: may sleep, as long as somebody opens the same disk.
     pub(crate) fn from_fd(fd: u32) -> Result<Self> {
         // SAFETY: `fget()` may be called with any number.
         // INVARIANT: `fget()` took the reference.
@@ -137,10 +141,13 @@ impl Backend {
         let kind = if kind == raw::S_IFREG {
             Kind::Image(Image::new(file)?)
         } else {
-            // INVARIANT: The file is an open block device, so it has this.
+            // SAFETY: The file is an open block device.
+            let bdev = unsafe { raw::file_bdev(raw_file) };
+            // INVARIANT: This is the one that the file is of.
             Kind::Device(Device {
-                // SAFETY: As said.
-                bdev: unsafe { raw::file_bdev(raw_file) },
+                bdev,
+                // SAFETY: The reference to the file keeps the block device alive.
+                may_sleep: unsafe { raw::rust_helper_bdev_may_sleep(bdev) },
                 _file: file,
             })
         };
@@ -187,9 +194,13 @@ impl Backend {
 
     /// Whether the disk says so instead of letting who submits a bio wait, where a bio asks for that.
     pub(in crate::bindings) fn takes_nowait(&self) -> bool {
-        self.device()
-            // SAFETY: The reference to the file keeps the block device alive.
-            .is_some_and(|bdev| unsafe { raw::rust_helper_bdev_nowait(bdev) })
+        match &self.kind {
+            Kind::Device(device) => {
+                // SAFETY: The reference to the file keeps the block device alive.
+                !device.may_sleep && unsafe { raw::rust_helper_bdev_nowait(device.bdev) }
+            }
+            Kind::Image(_) => false,
+        }
     }
 
     /// Whether the disk has a scheduler. Then a bio that does not come from a plug is dispatched by a thread of the
