@@ -10,6 +10,7 @@
 /* Macros with casts or of several, which bindgen does not evaluate by itself. */
 const gfp_t RUST_CONST_HELPER_GFP_NOIO = GFP_NOIO;
 const gfp_t RUST_CONST_HELPER_GFP_KERNEL_ACCOUNT_NOWARN = GFP_KERNEL_ACCOUNT | __GFP_NOWARN;
+const gfp_t RUST_CONST_HELPER_GFP_ZERO = __GFP_ZERO;
 const gfp_t RUST_CONST_HELPER_GFP_NOWAIT_NOWARN = GFP_NOWAIT | __GFP_NOWARN;
 const blk_features_t RUST_CONST_HELPER_BLK_FEAT_ZONED = BLK_FEAT_ZONED;
 const fmode_t RUST_CONST_HELPER_FMODE_CAN_ODIRECT = FMODE_CAN_ODIRECT;

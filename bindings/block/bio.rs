@@ -726,12 +726,16 @@ impl Bio<'_, Building> {
         // SAFETY: The bio is ours, with its prefix.
         unsafe { (*prefix(self.raw)).bounces = true };
 
+        let mut flags = raw::RUST_CONST_HELPER_GFP_KERNEL_ACCOUNT_NOWARN;
+        if memory.direction() == Direction::Destination {
+            // The guest gets what is in them, whether the disk fills them or not.
+            flags |= raw::RUST_CONST_HELPER_GFP_ZERO;
+        }
         let mut left = len;
         while left > 0 && bio.bi_vcnt < bio.bi_max_vecs {
             let piece = left.min(raw::PAGE_SIZE);
             // SAFETY: Any flags and order may be given.
-            let page =
-                unsafe { raw::alloc_pages(raw::RUST_CONST_HELPER_GFP_KERNEL_ACCOUNT_NOWARN, 0) };
+            let page = unsafe { raw::alloc_pages(flags, 0) };
             if page.is_null() {
                 return Err(BuildError::NoMemory);
             }
