@@ -596,12 +596,12 @@ impl Bio<'_, Building> {
                     0,
                 )
             };
-            // INVARIANT: `iov_iter_extract_bvecs()` pins pages of user memory, so the vectors up to
-            // `bi_vcnt` are pinned, and the flag says so from the first on.
-            bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
             if added <= 0 {
                 return Err(BuildError::Fault);
             }
+            // INVARIANT: `iov_iter_extract_bvecs()` pins pages of user memory, so the vectors up to
+            // `bi_vcnt` are pinned, and the flag says so from the first on.
+            bio.bi_flags |= 1 << raw::BIO_PAGE_PINNED;
             // CAST: Positive, and not above `room`.
             bio.bi_iter.bi_size += added as u32;
         }
@@ -679,7 +679,8 @@ impl Bio<'_, Building> {
 
     /// Adds `sectors` sectors of zeroes to a write without other data, as many as fit.
     pub(crate) fn add_zeroes(&mut self, sectors: u32) {
-        if self.op() != raw::req_op_REQ_OP_WRITE || !self.vectors().is_empty() {
+        let has_others = !self.vectors().is_empty() || self.bounces();
+        if self.op() != raw::req_op_REQ_OP_WRITE || has_others {
             return;
         }
         // SAFETY: By the type invariant the bio is ours.

@@ -143,6 +143,10 @@ impl<T: Operations> Device<T> {
             vqs.push(virtqueue.as_raw(), GFP_KERNEL_ACCOUNT)?;
             virtqueues.push(virtqueue, GFP_KERNEL_ACCOUNT)?;
         }
+        // The core takes it that there is one.
+        if vqs.is_empty() {
+            return Err(EINVAL);
+        }
         Ok((virtqueues, vqs))
     }
 

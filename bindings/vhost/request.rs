@@ -219,6 +219,8 @@ impl<R> Slot<R> {
 pub(crate) struct Request<'a, T: Operations> {
     vq: &'a Virtqueue<T>,
     slot: &'a Slot<T::Request>,
+    /// Its bios, if it has any, were submitted and are done.
+    finished: bool,
 }
 
 impl<'a, T: Operations> Request<'a, T> {
@@ -250,19 +252,28 @@ impl<'a, T: Operations> Request<'a, T> {
         slot.bios.set_error(false);
         slot.pass_to(Owner::Request);
         // INVARIANT: The slot was just claimed.
-        Self { vq, slot }
+        Self {
+            vq,
+            slot,
+            finished: false,
+        }
     }
 
-    /// Takes over a slot that came from the completion list or the list of deferred requests.
+    /// Takes over a slot that came from the completion list, with its bios `finished`, or the list of deferred
+    /// requests.
     ///
     /// # Safety
     ///
     /// `slot` must be one of `vq`'s, just taken from one of these lists.
     #[inline]
-    pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
+    pub(super) unsafe fn resume(
+        vq: &'a Virtqueue<T>,
+        slot: &'a Slot<T::Request>,
+        finished: bool,
+    ) -> Self {
         slot.pass_to(Owner::Request);
         // INVARIANT: Whatever is in a list is in it once, and had no object.
-        Self { vq, slot }
+        Self { vq, slot, finished }
     }
 
     /// The virtqueue that it is of.
@@ -304,12 +315,23 @@ impl<'a, T: Operations> Request<'a, T> {
     /// Has its bios, if they are done, done again when it is submitted the next time, by somebody who may wait.
     pub(crate) fn rewind(&mut self, guard: &VirtqueueGuard<'_, T>) {
         match guard.backend() {
-            // SAFETY: By the type invariant the slot's bios are ours, and they are on the virtqueue's backend.
-            Some(backend) if guard.is_of(self.vq) => unsafe { self.slot.bios.rewind(backend) },
+            Some(backend) if guard.is_of(self.vq) => {
+                // SAFETY: By the type invariant the slot's bios are ours, and they are on the virtqueue's backend.
+                unsafe { self.slot.bios.rewind(backend) };
+                self.finished = false;
+            }
             _ => {
                 while self.take_bio().is_some() {}
                 self.fail();
             }
+        }
+    }
+
+    /// Drops bios that are done, which must not be submitted once more.
+    #[inline]
+    pub(super) fn drop_finished(&mut self) {
+        if core::mem::take(&mut self.finished) {
+            while self.take_bio().is_some() {}
         }
     }
 
@@ -325,9 +347,11 @@ impl<'a, T: Operations> Request<'a, T> {
 
     /// Adds a bio, to be submitted after those that were added before.
     ///
-    /// One that was made for another virtqueue, backend or memory fails the request instead.
+    /// One that was made for another virtqueue, backend or memory fails the request instead. Bios that are done,
+    /// and were not taken, are dropped.
     #[inline]
     pub(crate) fn add(&mut self, guard: &VirtqueueGuard<'_, T>, bio: Bio<'_, Building>) {
+        self.drop_finished();
         let fits = guard.is_of(self.vq)
             && guard.backend().is_some_and(|device| bio.is_on(device))
             && bio.is_of(guard.memory());
@@ -347,15 +371,16 @@ impl<'a, T: Operations> Request<'a, T> {
         unsafe { self.slot.bios.take() }
     }
 
-    /// Submits all its bios. When the last one is done, the request comes out of
+    /// Submits all its bios, but those that are done. When the last one is done, the request comes out of
     /// [`VirtqueueGuard::next_completed`], or was completed without; that may be before this returns.
     #[inline]
-    pub(crate) fn submit(self) {
+    pub(crate) fn submit(mut self) {
+        self.drop_finished();
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
         // on the virtqueue's backend and memory, which stay open and pinned while a slot has an owner or a bio; slots
-        // stay as long.
+        // stay as long. None has been submitted since it was made or rewound.
         unsafe { slot.bios.submit() };
     }
 
@@ -364,7 +389,8 @@ impl<'a, T: Operations> Request<'a, T> {
     ///
     /// The virtqueue may be stopped, and without a backend, before the task has returned:
     /// [`Submitter::flush`] waits for it.
-    pub(crate) fn submit_by(self, submitter: &Submitter, backend: Arc<Backend>) {
+    pub(crate) fn submit_by(mut self, submitter: &Submitter, backend: Arc<Backend>) {
+        self.drop_finished();
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.
@@ -373,7 +399,8 @@ impl<'a, T: Operations> Request<'a, T> {
 
     /// Has [`Operations::handle_slow`] called for it in a context of its own, and submits its bios, if
     /// it has any, after that.
-    pub(crate) fn submit_slow(self) {
+    pub(crate) fn submit_slow(mut self) {
+        self.drop_finished();
         let vq = self.vq;
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);

@@ -805,7 +805,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     /// Stops: nothing is fetched any more. Requests in flight go on.
-    pub(crate) fn stop(&mut self) {
+    pub(super) fn stop(&mut self) {
         // SAFETY: The mutex is held.
         unsafe { (*self.vq.as_raw()).private_data = core::ptr::null_mut() };
         // Before the worker is waited for: it is not called any more.
@@ -1223,7 +1223,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             // SAFETY: The mutex is held.
             inner.completed = unsafe { vq.completions.take_all() };
         }
-        let request = Self::pop(vq, &mut inner.completed);
+        let request = Self::pop(vq, &mut inner.completed, true);
         inner.progress |= request.is_some();
         request
     }
@@ -1236,10 +1236,11 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Puts a request aside that has to go on later, until [`VirtqueueGuard::next_deferred`].
     ///
     /// One of another virtqueue fails instead.
-    pub(crate) fn defer(&mut self, request: Request<'_, T>) {
+    pub(crate) fn defer(&mut self, mut request: Request<'_, T>) {
         if !self.is_of(request.virtqueue()) {
             return;
         }
+        request.drop_finished();
         let node = request.into_slot().bios.node();
         let inner = self.inner_mut();
         // SAFETY: The request's node is in no list while it has an object, which was given up. The last
@@ -1265,11 +1266,15 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     fn take_deferred(&mut self) -> Option<Request<'a, T>> {
         let vq = self.vq;
-        Self::pop(vq, &mut self.inner_mut().deferred)
+        Self::pop(vq, &mut self.inner_mut().deferred, false)
     }
 
     #[inline]
-    fn pop(vq: &'a Virtqueue<T>, list: &mut *mut raw::llist_node) -> Option<Request<'a, T>> {
+    fn pop(
+        vq: &'a Virtqueue<T>,
+        list: &mut *mut raw::llist_node,
+        finished: bool,
+    ) -> Option<Request<'a, T>> {
         let node = *list;
         if node.is_null() {
             return None;
@@ -1278,7 +1283,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // slot has an object that may change it.
         unsafe {
             *list = (*node).next;
-            Some(Request::resume(vq, Slot::from_node(node)))
+            Some(Request::resume(vq, Slot::from_node(node), finished))
         }
     }
 
@@ -1382,15 +1387,15 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // The core wraps once: more entries than the ring has would go past its end.
         if self.inner().used >= self.inner().slots.len().min(MAX_USED) {
             self.signal_used();
-            if self.inner().used != 0 {
-                // Completed while the rings are not in the device IOTLB.
+            if self.inner().used != 0 || self.inner().slots.is_empty() {
+                // Completed while the rings are not in the device IOTLB, or after the backend was given up.
                 return self.set_broken();
             }
         }
         let raw = self.vq.as_raw();
         let element = self.used_element(head, len);
         let inner = self.inner_mut();
-        // SAFETY: The mutex is held. A chain was fetched, so there is an owner and the core's array
+        // SAFETY: The mutex is held. There are slots, so there is an owner and the core's array
         // of `MAX_USED` elements is allocated; `used` is less than that.
         unsafe { *(*raw).heads.add(inner.used) = element };
         inner.used += 1;
