@@ -52,6 +52,14 @@ def test_removed():
               f"sleep 0.1; done; udevadm settle; echo /dev/$(ls {device}/block)")
 
 
+def test_switched_off():
+    """A null_blk disk is switched off with requests in flight, which frees what the kernel had of it, and on again."""
+    load()
+    with NullBlk(irqmode=2) as disk:
+        event("fails", disk, f"echo 0 >{disk.folder}/power",
+              f"echo 1 >{disk.folder}/power && udevadm settle")
+
+
 def disconnected(transport):
     """A test that an NVMe disk is disconnected with requests in flight, and connected again."""
     def run():
@@ -165,6 +173,7 @@ TESTS = [
     *(Test(f"exercise: {name}", on(make), long=True)
       for name, make in {**BACKENDS, **OTHERS}.items()),
     test_removed,
+    test_switched_off,
     Test("an NVMe disk (nvme-loop) is disconnected with requests in flight, and connected again",
          disconnected("loop")),
     Test("an NVMe disk (TCP) is disconnected with requests in flight, and connected again",

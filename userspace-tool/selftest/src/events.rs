@@ -22,7 +22,7 @@ pub(crate) const PREFIX: &str = "event.";
 pub(crate) const TESTS: &[Test] = &[
     test!(
         "event.fails",
-        "a disk that fails or goes: errors; after stop and start with another descriptor it works",
+        "a disk that fails or goes: errors, also after stop and start; with another descriptor it works",
         120,
         fails
     ),
@@ -235,24 +235,38 @@ fn happen(event: &Event, guest: &mut Guest) -> Result<Tally> {
     }
 }
 
+/// A load on a disk on which everything fails, in the end.
+fn fails_all(what: &str, guest: &mut Guest) -> Result<Tally> {
+    let mut tally = load(what, guest, |tally| {
+        Ok(tally.failed_reads >= ENOUGH && tally.failed_writes >= ENOUGH)
+    })?;
+    tally += drain(what, guest)?;
+    Ok(tally)
+}
+
 fn fails(context: &Context) -> Result<()> {
     let event = context.event()?;
     let mut guest = event.guest(context)?;
     works_well("before", &mut guest)?;
+    let disk = disk::open(&event.disk, true, true)?;
     context.step("it happens");
     let mut tally = happen(event, &mut guest)?;
     context.step("it has happened");
-    tally += load("afterwards", &mut guest, |tally| {
-        Ok(tally.failed_reads >= ENOUGH && tally.failed_writes >= ENOUGH)
-    })?;
-    tally += drain("afterwards", &mut guest)?;
+    tally += fails_all("afterwards", &mut guest)?;
     context.note(format_args!("{tally:?}"));
     // It may succeed: nothing is left to make stable.
     guest
         .queue(0)
         .run(Request::flush(), &Shape::default(), PATIENCE)
         .context("a flush is not answered")?;
-    let bases = works("stop", guest.stop())?;
+    let mut bases = works("stop", guest.stop())?;
+    match guest.resume(disk, &bases) {
+        Ok(()) => {
+            fails_all("after a restart on what it was", &mut guest)?;
+            bases = works("stop", guest.stop())?;
+        }
+        Err(error) => context.note(format_args!("it does not start again as it is: {error}")),
+    }
     let path = event.end()?;
     context.step(format_args!("it is over, the disk is {}", path.display()));
     works(
