@@ -37,7 +37,8 @@ bool rust_helper_bdev_may_sleep(struct block_device *bdev)
 
 	if (!queue_is_mq(queue))
 		return false;
-	mutex_lock(&disk->open_mutex);
+	if (mutex_lock_killable(&disk->open_mutex))
+		return true;
 	may_sleep = !disk_live(disk) || queue->tag_set->flags & BLK_MQ_F_BLOCKING;
 	mutex_unlock(&disk->open_mutex);
 	return may_sleep;

@@ -122,7 +122,7 @@ impl Backend {
     /// of up to 4096 bytes, or is open for appending; `ETXTBSY` if it is a file that is swapped to; `ENOMEM`;
     /// errors of the file's filesystem.
     ///
-    /// Context: may sleep, as long as somebody opens the same disk.
+    /// Context: may sleep, as long as somebody opens the same disk, but not if the task is killed.
     pub(crate) fn from_fd(fd: u32) -> Result<Self> {
         // SAFETY: `fget()` may be called with any number.
         // INVARIANT: `fget()` took the reference.
