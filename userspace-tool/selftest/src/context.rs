@@ -82,8 +82,8 @@ fn given<'a>(path: &'a Option<PathBuf>, argument: &str) -> Result<&'a Path> {
 /// What only some tests need.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Others {
-    /// A disk that takes 100 ms or more for a request (dm-delay), 8 MiB or more, of which those
-    /// are overwritten; without it some tests are skipped
+    /// A disk that takes 500 ms or more for a request (dm-delay), 16 MiB or more, of which 12 are
+    /// overwritten; without it some tests are skipped
     #[arg(long, value_name = "DISK")]
     pub(crate) slow_disk: Option<PathBuf>,
     /// A disk that takes one request at a time, for a second, and lets who submits another wait, 1 MiB or

@@ -950,16 +950,23 @@ fn stop_demanding(context: &Context) -> Result<()> {
 fn read_only_in_write(context: &Context) -> Result<()> {
     let mut guest = slow_guest(context, false, demanding)?;
     let path = context.slow_disk_path()?;
-    // More than is in flight at once.
+    // More than is in flight at once: that is done in three times the disk's time.
     let write = Request::write(0, disk::seeded(1, 0, 24 << 10));
     guest.queue(0).submit(write, &Shape::default())?;
     guest.queue(0).kick()?;
     wait_fetched(&mut guest)?;
+    let begin = Instant::now();
     disk::set_read_only(path, true)?;
+    let took = begin.elapsed();
     let done = guest.queue(0).wait_all(PATIENCE);
     disk::set_read_only(path, false)?;
     for done in done? {
-        check::outcome("the long write", &done, Status::IoErr, UsedLen::Failed)?;
+        check::outcome(
+            format_args!("the long write, read-only after {took:?}"),
+            &done,
+            Status::IoErr,
+            UsedLen::Failed,
+        )?;
     }
     let data = disk::seeded(2, 0, 8);
     check::write("afterwards", guest.queue(0), 0, data, &Shape::default())
