@@ -12,7 +12,8 @@ EXACT_DISKS = ("null_blk-inline", "null_blk-softirq")
 class Goal:
     """A goal, what was measured for it, and where it was missed.
 
-    missed: (name of what is compared, ratio), of the worst first.
+    missed: (name of what is compared, path that was better or "", figure), of the
+    worst first.
     """
 
     def __init__(self, text, measured, missed):
@@ -47,7 +48,7 @@ def worst(text, ratios, limit, at_least):
     if not ratios:
         return None
     ratios = sorted(ratios, key=lambda each: each[1], reverse=not at_least)
-    missed = [(name, ratio) for name, ratio in ratios
+    missed = [(name, "", ratio) for name, ratio in ratios
               if not (ratio >= limit if at_least else ratio <= limit)]
     name, value = ratios[0]
     good = len(ratios) - len(missed)
@@ -156,13 +157,14 @@ def nowhere_slower(cells, frontend, what, others):
                 if own.overlaps(spread):
                     within += 1
                 else:
-                    below.append((name, own.median / spread.median))
+                    below.append((name, path, own.median / spread.median))
     if not count:
         return None
-    below.sort(key=lambda each: each[1])
+    below.sort(key=lambda each: each[2])
     measured = f"{len(below)} of {count} comparisons below, {within} more within the spread"
     if below:
-        measured += f"; the worst: {below[0][1]:.2f} ({below[0][0]})"
+        name, path, ratio = below[0]
+        measured += f"; the worst: {ratio:.2f} ({name}/{path})"
     return Goal(what, measured, below)
 
 

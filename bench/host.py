@@ -66,11 +66,11 @@ class Kept:
         if os.path.exists(self.path(cell)):
             os.unlink(self.path(cell))
 
-    def start(self, about, goes_on):
+    def start(self, about):
         """Keep what the report says of where it was measured; of earlier starts, too,
-        if it goes on."""
+        if something is left of them."""
         path = f"{self.folder}/about.json"
-        if goes_on and os.path.exists(path):
+        if os.listdir(f"{self.folder}/rounds") and os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 before = json.load(file)["machine"]
             for key in ("commit", "load of the machine before"):
@@ -504,7 +504,7 @@ def main():
     missing = [cell for cell, _ in todo]
     if not missing:
         return 0
-    kept.start(machine(options.about), len(missing) < len(kept.order))
+    kept.start(machine(options.about))
 
     if os.path.isdir("/sys/module/vhost_blk"):
         sys.exit("error: the module is loaded, and is to be measured with several parameters: "

@@ -15,7 +15,7 @@ from html import escape
 import goals
 import svg
 from cells import (DISK_TIME, FIO, FRONT_END, GUEST, GUEST_STAGES, SMALL_PAGES, STAGES, TOOL, UNREGISTERED,
-                   URING, URING_SMALL_PAGES, Cell)
+                   URING, URING_SMALL_PAGES, Cell, chosen)
 from spread import NO_DIFFERENCE, Spread, group_of, number, times
 
 # What a round can have measured beside the IOPS, and what it is called.
@@ -254,17 +254,20 @@ def missed_blocks(cells, missed):
     blocks = [Heading("What was not reached, and what the time is spent on")]
     if not missed:
         return blocks + [Paragraph("All of the above is reached.")]
-    blocks.append(Table(["goal", "where", "ratio"],
-                        [[goal.text, name, f"{ratio:.2f}"]
-                         for goal in missed for name, ratio in goal.missed]))
+    blocks.append(Table(["goal", "where", "to", "measured"],
+                        [[goal.text, name, path, f"{figure:.2f}"]
+                         for goal in missed for name, path, figure in goal.missed]))
     found, rows = groups(cells), []
-    for name in dict.fromkeys(name for goal in missed for name, _ in goal.missed):
+    for name in dict.fromkeys(name for goal in missed for name, _, _ in goal.missed):
         members = [cell for cell in found.get(name, []) if cell["host_busy_us_per_req"]]
-        # vhost-blk, and the best of the others in each of what it is compared in.
+        # vhost-blk, what was better, and the best of the others in each of what it is compared in.
         paths = {"vhost-blk"}
+        paths |= {path for goal in missed for where, path, _ in goal.missed if where == name}
         for metric, pick in (("host_cpu_us_per_req", min), ("host_busy_us_per_req", min),
                              ("iops_median", max)):
-            others = [cell for cell in members if cell["path"] != "vhost-blk" and cell[metric]]
+            others = [cell for cell in members if cell[metric] and
+                      (cell["path"] in goals.SERVED if cell["frontend"] == TOOL
+                       else cell["path"] != "vhost-blk")]
             if others:
                 paths.add(pick(others, key=lambda cell, metric=metric: cell[metric])["path"])
         first = name
@@ -275,7 +278,8 @@ def missed_blocks(cells, missed):
     if rows:
         blocks += [Paragraph("There one request costs, in microseconds of the host's processors, "
                              "beside the best of the other paths. The rest is what the guest's "
-                             "exits cost, the submission of who kicks, and interrupts."),
+                             "exits cost, or the tool's front end, the submission of who kicks, and "
+                             "interrupts."),
                    Table(["load", "path", "IOPS", "CPU of who serves", "wake-ups",
                           "who serves, for a wake-up", "the rest of the host's CPU", "VM exits",
                           "interrupts injected"], rows)]
@@ -299,8 +303,9 @@ STAGES_NOTES = {
             "name. Stages that a path does not have, or the trace does not show, are in the next one.",
     GUEST_STAGES: "The same of a guest with one processor, from the exit with which it kicks to the "
                   "exit with which it kicks for the next request: 'guest' is what it adds, its other "
-                  "exits included; 'injection' ends with its entry. Where the processor that kicks "
-                  "serves, it needs no wake-up.",
+                  "exits included; 'injection' ends with its entry. What a thread that polls finds "
+                  "without a kick is left out. Where the guest's processor itself serves, its wake-ups "
+                  "and system calls are those of who serves, as are the front end's above.",
 }
 
 
@@ -490,13 +495,15 @@ def main():
     document = {"emulated": about["emulated"], "machine": about["machine"],
                 "cells": [cell for _, cell in sorted(cells, key=lambda each: each[0])]}
     document["notes"] = load(f"{options.kept}/notes.json") or []
+    counted = []
     exact = load(options.exact) if options.exact else None
     if exact and exact["machine"].get("module") == about["machine"].get("module"):
-        document["cells"] = exact["cells"] + document["cells"]
-    else:
-        document["notes"].append("The instructions for a request have not been counted with this module, so "
-                                 "nothing is said of the goals set on them: make bench-exact, then bench/run "
-                                 "report.")
+        counted = exact["cells"]
+        document["cells"] = counted + document["cells"]
+    if not {cell.name for cell in chosen("exact", [])} <= {cell["name"] for cell in counted}:
+        document["notes"].append("The instructions for a request have not all been counted with this module, so "
+                                 "not all goals set on them are among those above. `make bench-exact` counts "
+                                 "those of the module that it builds.")
     write_all(options.output, document)
     print(f"{options.output}/report.html (and report.md, results.json): "
           f"{len(document['cells'])} cells")

@@ -4,10 +4,11 @@ trace events.
 
 One request is in flight at a time, of the tool's front end or of a guest. Each
 kick begins a request; what happens until the next is searched for the events
-that end its stages.
+that end its stages. What is found without a kick, by who polls, is left out.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -149,9 +150,15 @@ class Trace:
         self.front = next((event.pid for event in self.events
                            if (VCPU.match(event.comm) if in_guest
                                else event.comm.startswith("bench-"))), None)
-        # The server is who most often submits to the disk.
-        submitters = [event.pid for event in self.events if event.name == "block_bio_queue"]
-        self.server = statistics.mode(submitters) if submitters else None
+        # The server is who most often takes requests off the ring, if that is to be seen, or
+        # submits to the disk. Another thread may submit what it took.
+        submitters, takers = ([event.pid for event in self.events if event.name == name]
+                              for name in ("block_bio_queue", "vb_fetch"))
+        several = [takers, submitters] if 2 * len(takers) > len(submitters) else [submitters]
+        self.server = statistics.mode(several[0]) if several[0] else None
+        # Whoever else serves has its part in that, or is a worker of the vhost core's.
+        self.servers = {pid for pids in several for pid in pids if 20 * pids.count(pid) >= len(pids)}
+        self.servers |= {event.pid for event in self.events if event.comm.startswith("vhost-")}
         # The front end itself submits for a path that is served, too.
         self.direct = path != URING and self.server == self.front
         if in_guest:
@@ -163,6 +170,8 @@ class Trace:
                       if self.is_end(begins, event)]
         # The first ones find everything cold.
         self.starts = starts[len(starts) // 10:]
+        self.kicks = [number for number, event in enumerate(self.events)
+                      if self.is_end(by_front("vb_signal"), event)]
 
     def is_end(self, predicate, event):
         """Whether this is the event."""
@@ -211,11 +220,18 @@ class Trace:
     def stages(self):
         """For each request whose events are all there: its stages' microseconds."""
         requests = []
-        for first, last in zip(self.starts, self.starts[1:]):
-            request = self.request(first, last)
-            if request:
-                requests.append(request)
+        for first, last, after in zip(self.starts, self.starts[1:], self.starts[2:] + [None]):
+            if self.is_kicked(first, last) and self.is_kicked(last, after):
+                request = self.request(first, last)
+                if request:
+                    requests.append(request)
         return requests
+
+    def is_kicked(self, first, last):
+        """Whether a request of a guest begins with a kick, if most of them do."""
+        few = 2 * len(self.kicks) < len(self.starts)
+        return not self.in_guest or few or any(
+            first < kick and (last is None or kick < last) for kick in self.kicks)
 
     def request(self, first, last):
         """The stages of the request whose events are these, or None. What not each
@@ -245,12 +261,9 @@ class Trace:
         return request
 
     def per_request(self, name, pid):
-        """How often an event with the server's thread happens for each request; 0
-        if it is the front end itself that serves."""
-        if self.direct:
-            return 0.0
+        """How often an event with a thread that serves happens for each request."""
         within = self.events[self.starts[0]:self.starts[-1]]
-        return sum(event.name == name and pid(event) == self.server
+        return sum(event.name == name and pid(event) in self.servers
                    for event in within) / (len(self.starts) - 1)
 
 
@@ -285,32 +298,33 @@ def traced(keep, events):
     """Trace what happens within, into a file."""
     if not os.path.ismount(TRACING):
         sh("mount", "-t", "tracefs", "tracefs", TRACING)
-    events, probes = list(events), []
-    for name, function in PROBES.items():
-        try:
-            probe(f"p:kprobes/{name} {function}")
-            probes.append(name)
-        except OSError:
-            continue
-    events += [f"kprobes/{name}" for name in probes]
-    os.makedirs(INSTANCE, exist_ok=True)
-    try:
+    with contextlib.ExitStack() as undo:
+        probes = []
+        for name, function in PROBES.items():
+            with contextlib.suppress(OSError):
+                # One that was left when somebody was killed.
+                probe(f"-:kprobes/{name}")
+            try:
+                probe(f"p:kprobes/{name} {function}")
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EADDRNOTAVAIL):
+                    continue
+                raise
+            undo.callback(probe, f"-:kprobes/{name}")
+            probes.append(f"kprobes/{name}")
+        os.makedirs(INSTANCE, exist_ok=True)
+        undo.callback(os.rmdir, INSTANCE)
         write(f"{INSTANCE}/trace_clock", "mono")
         write(f"{INSTANCE}/buffer_size_kb", 8192)
-        for event in events:
+        for event in [*events, *probes]:
             write(f"{INSTANCE}/events/{event}/enable", 1)
+            undo.callback(write, f"{INSTANCE}/events/{event}/enable", 0)
         write(f"{INSTANCE}/tracing_on", 1)
         yield
         write(f"{INSTANCE}/tracing_on", 0)
         with open(f"{INSTANCE}/trace", encoding="utf-8", errors="replace") as file, \
                 open(keep, "w", encoding="utf-8") as copy:
             shutil.copyfileobj(file, copy)
-    finally:
-        for event in events:
-            write(f"{INSTANCE}/events/{event}/enable", 0)
-        os.rmdir(INSTANCE)
-        for name in probes:
-            probe(f"-:kprobes/{name}")
 
 
 def measure(path, load, keep, in_guest=False):

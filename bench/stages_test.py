@@ -77,6 +77,35 @@ class Stages(unittest.TestCase):
                        "kick": 60, "submit": 70, "device": 80, "used ring": 30, "signal": 10,
                        "injection": 50, "guest": 700})
 
+    def test_polled(self):
+        """What the iothread found without a kick has no beginning, nor has what came before
+        it an end."""
+        events = [event for number in range(6) for event in by_iothread(1 + number * 1e-3)
+                  if number != 3 or event[3] != SIGNAL]
+        found = Trace(lines(events), "virtio-blk/iothread/io_uring", in_guest=True).stages()
+        self.assertEqual(len(found), 3)
+
+    def test_who_takes_and_who_submits(self):
+        """The worker is woken by the kick, another thread submits for it; both serve."""
+        worker, other = ("vhost-300", 330), ("kworker/0:1", 40)
+
+        def request(at):
+            return [(*VCPU, at, KICK), (*VCPU, at + 60e-6, SIGNAL),
+                    (*VCPU, at + 65e-6, "sched_waking: comm=vhost-300 pid=330 prio=120"),
+                    (*IDLE, at + 100e-6, "sched_switch: prev_pid=0 ==> next_comm=vhost-300 next_pid=330"),
+                    (*worker, at + 120e-6, "vb_fetch: (vhost_get_vq_desc_n+0x4/0x10)"),
+                    (*worker, at + 130e-6, "sched_waking: comm=kworker/0:1 pid=40 prio=120"),
+                    (*other, at + 200e-6, SUBMITTED), (*other, at + 300e-6, COMPLETE),
+                    (*worker, at + 400e-6, SIGNAL), (*worker, at + 405e-6, INTERRUPT),
+                    (*VCPU, at + 450e-6, INJECTION), (*VCPU, at + 455e-6, ENTRY)]
+
+        events = [event for number in range(4) for event in request(1 + number * 1e-3)]
+        trace = Trace(lines(events), "vhost-scsi/iblock", in_guest=True)
+        self.assertEqual({stage: round(time) for stage, time in trace.stages()[0].items()}, {
+            "kick": 60, "server's wake-up": 40, "fetch": 20, "submit": 80, "device": 100,
+            "used ring": 100, "signal": 5, "injection": 50, "guest": 545})
+        self.assertEqual(2, trace.per_request("sched_waking", lambda event: event.field("pid")))
+
     def test_tool(self):
         """What a request need not have is not looked for behind what it must have."""
         front, server = ("bench-0", 2084), ("vhost-2080", 2090)
