@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Tests of a disk behind a vIOMMU, which the guest uses for DMA."""
 
+import socket
 import time
 
 from disks import NullBlk
@@ -103,8 +104,73 @@ def behind(iommu, append, device, more):
     return run
 
 
+class Driver:
+    """A driver of virtio that is no guest: it works on the device's registers by QEMU's qtest protocol."""
+
+    BAR = 0xe0000000
+    STATUS = 0x14
+
+    def __init__(self, path, slot):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(60)
+        self.socket.connect(path)
+        self.replies = self.socket.makefile()
+        # Where its registers are, and that it may be used.
+        for register, value in ((0x20, self.BAR), (0x24, 0), (0x04, 6)):
+            self.ask(f"outl 0xcf8 {0x80000000 | slot << 11 | register:#x}")
+            self.ask(f"outl 0xcfc {value:#x}")
+
+    def ask(self, command):
+        """Send a command; returns the reply."""
+        self.socket.sendall(command.encode() + b"\n")
+        reply = self.replies.readline().split()
+        expect(command, reply[:1], ["OK"])
+        return reply[1:]
+
+    def write(self, size, register, value):
+        """Write a register of the common configuration; size: b, w or l."""
+        self.ask(f"write{size} {self.BAR + register:#x} {value:#x}")
+
+    def status(self):
+        """The device's status."""
+        return int(self.ask(f"readb {self.BAR + self.STATUS:#x}")[0], 16)
+
+    def start(self, rings):
+        """Reset the device and start it with one virtqueue, whose three parts are at these addresses."""
+        self.write("b", self.STATUS, 0)
+        self.write("b", self.STATUS, 3)
+        # VERSION_1 and ACCESS_PLATFORM.
+        for select, features in ((0, 0), (1, 3)):
+            self.write("l", 0x08, select)
+            self.write("l", 0x0c, features)
+        self.write("b", self.STATUS, 0xb)
+        for number, address in enumerate(rings):
+            self.write("l", 0x20 + 8 * number, address & 0xffffffff)
+            self.write("l", 0x24 + 8 * number, address >> 32)
+        self.write("w", 0x1c, 1)
+        self.write("b", self.STATUS, 0xf)
+
+
+def test_rings():
+    """A driver puts a ring at the end of the address space of its IOMMU: QEMU stops and goes on."""
+    with NullBlk() as disk, \
+            Guest("rings", OPTIONS.qemu, OPTIONS.work, accel="qtest", machine="q35", memory="64M", args=[
+                *VIRTIO, "-qtest", f"unix:{OPTIONS.work}/rings/qtest,server=on,wait=off", "-qtest-log", "none",
+                "-blockdev", f"driver=host_device,node-name=node0,filename={disk.path}",
+                "-device", "vhost-blk-pci,drive=node0,addr=0x10,num-queues=1,disable-legacy=on,"
+                "iommu_platform=on"]) as vm:
+        vm.launch()
+        driver = Driver(f"{vm.dir}/qtest", 0x10)
+        driver.start((0x10000, 0xfffffffffffff000, 0x12000))
+        expect("the status", driver.status(), 0xf)
+        vm.qmp("stop")
+        vm.qmp("cont")
+        expect("the status after a stop", driver.status(), 0xf)
+
+
 STRICT = "iommu.passthrough=0 iommu.strict=1"
 TESTS = [
+    test_rings,
     Test("a disk behind an Intel IOMMU: verified I/O, stop and cont, unbind and bind, reboot",
          behind(INTEL, f"intel_iommu=on,sm_off {STRICT}", ",ats=on", False)),
     Test("an Intel IOMMU with deferred invalidation, without ATS, and resets",
