@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 """Tests of a disk behind a vIOMMU, which the guest uses for DMA."""
 
+import os
 import socket
 import time
 
@@ -152,7 +153,7 @@ class Driver:
 
 
 def test_rings():
-    """A driver puts a ring at the end of the address space of its IOMMU: QEMU stops and goes on."""
+    """A driver puts rings where its IOMMU maps nothing, and at the end of the address space: QEMU loses nothing."""
     with NullBlk() as disk, \
             Guest("rings", OPTIONS.qemu, OPTIONS.work, accel="qtest", machine="q35", memory="64M", args=[
                 *VIRTIO, "-qtest", f"unix:{OPTIONS.work}/rings/qtest,server=on,wait=off", "-qtest-log", "none",
@@ -161,6 +162,12 @@ def test_rings():
                 "iommu_platform=on"]) as vm:
         vm.launch()
         driver = Driver(f"{vm.dir}/qtest", 0x10)
+        files = []
+        for _ in range(8):
+            driver.start((0x10000, 0x11000, 1 << 40))
+            expect("the status without a used ring", driver.status(), 0x4f)
+            files.append(len(os.listdir(f"/proc/{vm.process.pid}/fd")))
+        expect("open files", len(set(files)), 1)
         driver.start((0x10000, 0xfffffffffffff000, 0x12000))
         expect("the status", driver.status(), 0xf)
         vm.qmp("stop")
