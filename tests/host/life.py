@@ -272,6 +272,20 @@ def test_cache_type():
         expect(f"{mode}: flushes", after[FLUSHES] - before[FLUSHES], flushes)
 
 
+def test_flush():
+    """QMP stop flushes the disk's write cache, in which the guest has left what it wrote."""
+    vm = LIFE.start()
+    disk = LIFE.disks["cached"]
+    name = vm.block("cached")
+    vm.run(f"echo write back > /sys/block/{name}/cache_type")
+    vm.run(f"dd if=/dev/zero of=/dev/{name} bs=4k count=16 oflag=direct 2>/dev/null")
+    before = statistics(disk)
+    vm.qmp("stop")
+    after = statistics(disk)
+    vm.qmp("cont")
+    expect("flushes of the stop", after[FLUSHES] - before[FLUSHES], 1)
+
+
 def test_large():
     """A request of the guest may be as large as its ring: 1 MiB of scattered pages in one."""
     vm = LIFE.start()
@@ -316,5 +330,5 @@ def test_end():
     LIFE.close()
 
 
-TESTS = [test_monitor, test_large, test_cache_type, test_read_only, test_resize, test_hotplug,
+TESTS = [test_monitor, test_large, test_cache_type, test_flush, test_read_only, test_resize, test_hotplug,
          test_snapshot, test_end, test_suspend]
