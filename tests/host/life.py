@@ -139,6 +139,29 @@ def test_hotplug():
     end_load(vm)
 
 
+def test_reopen():
+    """blockdev-reopen: a raw node goes on if it stays whole; if it gets a size the device stops and says why."""
+    vm = LIFE.start()
+    with NullBlk(size=16) as disk:
+        vm.qmp("blockdev-add", driver="raw", node_name="raw",
+               file={"driver": "host_device", "node-name": "below", "filename": disk.path})
+        vm.qmp("device_add", driver="vhost-blk-pci", drive="raw", id="dev-raw", serial="raw")
+        vm.until("the new disk", "grep -qx raw /sys/block/vd*/serial")
+        name = vm.block("raw")
+        whole = {"driver": "raw", "node-name": "raw", "file": "below", "offset": 0}
+        vm.qmp("blockdev-reopen", options=[whole])
+        vm.run(f"{VERIFY} --filename=/dev/{name} --size=1m > /dev/null")
+        expect("what QEMU says", "cannot go on" in vm.qemu_log(), False)
+        vm.qmp("blockdev-reopen", options=[whole | {"size": 8 << 20}])
+        found = re.findall("cannot go on: (.*)", vm.qemu_log())
+        expect("what QEMU says", found,
+               ["vhost-blk bypasses the block layer, but block node 'raw' has an offset or a size"])
+        seen = len(vm.events)
+        vm.qmp("device_del", id="dev-raw")
+        vm.wait_event("DEVICE_DELETED", 60, seen)
+        vm.qmp("blockdev-del", node_name="raw")
+
+
 def statistics(disk):
     """What the host's kernel has counted of a disk, as in Documentation/block/stat.rst."""
     with open(f"/sys/block/{os.path.basename(disk.path)}/stat", encoding="ascii") as file:
@@ -331,4 +354,4 @@ def test_end():
 
 
 TESTS = [test_monitor, test_large, test_cache_type, test_flush, test_read_only, test_resize, test_hotplug,
-         test_snapshot, test_end, test_suspend]
+         test_reopen, test_snapshot, test_end, test_suspend]
