@@ -36,10 +36,10 @@ class Pair:
         self.here, self.there = self.qemu("first"), self.qemu("second")
         self.block = None
 
-    def qemu(self, name, device="num-queues=2"):
-        """A QEMU with the disk."""
+    def qemu(self, name, device="num-queues=2", disk=None):
+        """A QEMU with the disk, or another one."""
         args = ["-blockdev", "driver=host_device,node-name=node0,"
-                f"filename={self.disk.path},cache.direct=on",
+                f"filename={(disk or self.disk).path},cache.direct=on",
                 "-device", f"vhost-blk-pci,id=disk0,drive=node0,serial=moving,{device}"]
         return Guest(f"migration-{name}", OPTIONS.qemu, OPTIONS.work, OPTIONS.kernel,
                      OPTIONS.initrd, args, memory="256M")
@@ -195,6 +195,31 @@ def test_failed():
     alive(both)
 
 
+def test_claimed():
+    """Migration: somebody else has claimed the target's disk; it fails, and the source goes on."""
+    both = pair()
+    capability = {"capability": "return-path", "state": True}
+    # The source lets go of its own disk only just before.
+    with NullBlk(64) as disk:
+        other = both.qemu("claimed", disk=disk)
+        claim = os.open(disk.path, os.O_RDONLY | os.O_EXCL)
+        try:
+            both.here.qmp("migrate-set-capabilities", capabilities=[capability])
+            both.begin(other)
+            both.wait("failed")
+            other.process.wait(60)
+        finally:
+            os.close(claim)
+            other.kill()
+            both.here.qmp("migrate-set-capabilities", capabilities=[capability | {"state": False}])
+    if "in use on the host" not in other.qemu_log():
+        raise AssertionError(f"the target says: {other.qemu_log()}")
+    state = both.here.qmp("query-status")["status"]
+    if state != "running":
+        raise AssertionError(f"the source is {state}")
+    alive(both)
+
+
 def test_both():
     """Migration: while the target runs, the source cannot use the disk, nor a third QEMU."""
     both = pair()
@@ -253,5 +278,5 @@ def test_many():
     test_bytes()
 
 
-TESTS = [ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_both,
+TESTS = [ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_claimed, test_both,
          ktap.test(test_writeback, long=True), test_bytes, ktap.test(test_many, long=True)]
