@@ -220,6 +220,21 @@ def test_claimed():
     alive(both)
 
 
+def test_postcopy():
+    """Migration: a target with pin-memory=on refuses postcopy, and one without does not."""
+    for device, expected in (("pin-memory=on", "pin-memory=on is not capable of postcopy"), ("pin-memory=off", None)):
+        with NullBlk() as disk, \
+                Guest("postcopy", OPTIONS.qemu, OPTIONS.work, accel="tcg", memory="64M",
+                      args=["-blockdev", f"driver=host_device,node-name=node0,filename={disk.path}",
+                            "-device", f"vhost-blk-pci,drive=node0,{device}", "-incoming", "defer"]) as vm:
+            vm.launch()
+            arguments = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
+            if expected:
+                refused(vm, expected, "migrate-set-capabilities", **arguments)
+            else:
+                vm.qmp("migrate-set-capabilities", **arguments)
+
+
 def test_both():
     """Migration: while the target runs, the source cannot use the disk, nor a third QEMU."""
     both = pair()
@@ -278,5 +293,5 @@ def test_many():
     test_bytes()
 
 
-TESTS = [ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_claimed, test_both,
+TESTS = [test_postcopy, ktap.test(test_there_and_back, long=True), test_cancelled, test_failed, test_claimed, test_both,
          ktap.test(test_writeback, long=True), test_bytes, ktap.test(test_many, long=True)]
