@@ -14,6 +14,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from collections import Counter
 
 from cells import URING
 from disks import sh, write
@@ -96,6 +97,10 @@ def runs_front(event, front, _server):
     return event.name == "sched_switch" and event.field("next_pid") == front
 
 
+# The guest kicks by an eventfd.
+KICKS = by_front("vb_signal")
+
+
 def calls(event, _front, server):
     """Whether the call's eventfd is signalled, by the kernel or by a program."""
     return event.name == "vb_signal" or event.name == "sys_enter_write" and event.pid == server
@@ -131,7 +136,7 @@ def stages_of(path, direct):
 def guest_stages(direct):
     """The same for a guest, whose requests begin with its exit. direct: the thread
     that runs its processor serves."""
-    kick = [("kick", by_front("vb_signal"), False)]
+    kick = [("kick", KICKS, False)]
     server = [] if direct else [("server's wake-up", runs_server, False)]
     again = [] if direct else [("server's second wake-up", runs_server, False)]
     return (kick + server + [("fetch", named("vb_fetch"), False)] + DISK + again
@@ -157,7 +162,8 @@ class Trace:
         several = [takers, submitters] if 2 * len(takers) > len(submitters) else [submitters]
         self.server = statistics.mode(several[0]) if several[0] else None
         # Whoever else serves has its part in that, or is a worker of the vhost core's.
-        self.servers = {pid for pids in several for pid in pids if 20 * pids.count(pid) >= len(pids)}
+        self.servers = {pid for pids in several for pid, times in Counter(pids).items()
+                        if 20 * times >= len(pids)}
         self.servers |= {event.pid for event in self.events if event.comm.startswith("vhost-")}
         # The front end itself submits for a path that is served, too.
         self.direct = path != URING and self.server == self.front
@@ -170,8 +176,8 @@ class Trace:
                       if self.is_end(begins, event)]
         # The first ones find everything cold.
         self.starts = starts[len(starts) // 10:]
-        self.kicks = [number for number, event in enumerate(self.events)
-                      if self.is_end(by_front("vb_signal"), event)]
+        kicks = sum(self.is_end(KICKS, event) for event in self.events)
+        self.needs_kicks = in_guest and 2 * kicks >= len(self.starts)
 
     def is_end(self, predicate, event):
         """Whether this is the event."""
@@ -206,7 +212,7 @@ class Trace:
         for number, event in enumerate(self.events):
             if event.name == "kvm_exit" and event.pid == self.front:
                 last = number
-            elif kick is None and (self.is_end(by_front("vb_signal"), event)
+            elif kick is None and (self.is_end(KICKS, event)
                                    or self.is_end(wakes_server, event)):
                 kick = last
             elif event.name == "kvm_msi_set_irq":
@@ -220,8 +226,10 @@ class Trace:
     def stages(self):
         """For each request whose events are all there: its stages' microseconds."""
         requests = []
-        for first, last, after in zip(self.starts, self.starts[1:], self.starts[2:] + [None]):
-            if self.is_kicked(first, last) and self.is_kicked(last, after):
+        kicked = [self.is_kicked(first, last)
+                  for first, last in zip(self.starts, self.starts[1:] + [None])]
+        for number, (first, last) in enumerate(zip(self.starts, self.starts[1:])):
+            if kicked[number] and kicked[number + 1]:
                 request = self.request(first, last)
                 if request:
                     requests.append(request)
@@ -229,9 +237,8 @@ class Trace:
 
     def is_kicked(self, first, last):
         """Whether a request of a guest begins with a kick, if most of them do."""
-        few = 2 * len(self.kicks) < len(self.starts)
-        return not self.in_guest or few or any(
-            first < kick and (last is None or kick < last) for kick in self.kicks)
+        return not self.needs_kicks or any(self.is_end(KICKS, event)
+                                           for event in self.events[first:last])
 
     def request(self, first, last):
         """The stages of the request whose events are these, or None. What not each
