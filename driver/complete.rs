@@ -17,6 +17,7 @@ use crate::bindings::{
         Ended, //
     },
     vhost::{
+        FinishedRequest,
         Request,
         VirtqueueGuard, //
     },
@@ -78,14 +79,13 @@ fn worse(one: Option<BioError>, other: Option<BioError>) -> Option<BioError> {
 /// Completes a request whose bios are done. Returns it if it goes on, or if they are to be submitted again.
 fn done<'a>(
     guard: &mut VirtqueueGuard<'_, Queue>,
-    mut request: Request<'a, Queue>,
+    mut request: FinishedRequest<'a, Queue>,
 ) -> Option<Request<'a, Queue>> {
     let ended = request.ended();
     if ended == Ended::WouldBlock {
         // The next ones may have to wait, too.
         guard.data_mut().choice.refused();
-        request.rewind(guard);
-        return Some(request);
+        return Some(request.rewind(guard));
     }
     let mut failed = ended == Ended::Failed;
     let mut error = None;
@@ -119,7 +119,7 @@ fn done<'a>(
     }
     let rest = request.data().rest.as_mut();
     if status == Status::Ok && rest.is_some_and(|rest| !rest.is_submitted()) {
-        return Some(request);
+        return Some(request.go_on());
     }
 
     let in_flight = request.finish();

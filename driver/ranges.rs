@@ -160,7 +160,7 @@ impl Ranges {
         }
 
         let disk = guard.backend()?;
-        if !disk.writable() || sector + u64::from(left) > disk.capacity() {
+        if !disk.takes(true, sector, left.into()) {
             return Some(Err(BuildError::Fault));
         }
         let limits = disk.limits();

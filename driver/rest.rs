@@ -268,8 +268,8 @@ impl Data {
         first: bool,
     ) -> Option<Result<Bio<'a, Building>, BuildError>> {
         let disk = guard.backend()?;
-        let end = self.sector + self.left as u64 / SECTOR_SIZE;
-        if end > disk.capacity() || (self.op != Op::Read && !disk.writable()) {
+        let left = self.left as u64 / SECTOR_SIZE;
+        if !disk.takes(self.op != Op::Read, self.sector, left) {
             return Some(Err(BuildError::Fault));
         }
         let how = self.how;

@@ -270,6 +270,12 @@ impl Backend {
         }
     }
 
+    /// Whether it has the `sectors` sectors from `sector` on now, and may be written if somebody `writes` there.
+    pub(crate) fn takes(&self, writes: bool, sector: u64, sectors: u64) -> bool {
+        let end = sector.checked_add(sectors);
+        end.is_some_and(|end| end <= self.capacity()) && (!writes || self.writable())
+    }
+
     /// Bytes of the smallest unit that the disk reads and writes.
     #[inline]
     pub(crate) fn logical_block_size(&self) -> u32 {

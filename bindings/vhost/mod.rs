@@ -26,6 +26,9 @@ pub(crate) use device::{Device, DeviceGuard};
 pub(crate) use direct_kick::Callbacks;
 pub(crate) use fetch::{FetchError, Idle, NotifyDisabled};
 pub(crate) use reminder::Reminded;
-pub(crate) use request::Request;
+pub(crate) use request::{
+    FinishedRequest,
+    Request, //
+};
 pub(crate) use used_ring::EventFd;
 pub(crate) use virtqueue::{Operations, Virtqueue, VirtqueueGuard, MAX_QUEUE_SIZE};

@@ -207,20 +207,19 @@ impl<R> Slot<R> {
     }
 }
 
-/// A request in its slot, with its bios, owned by whoever works on it.
+/// A request in its slot, with the bios that it is to have done, owned by whoever works on it.
 ///
-/// It ends in [`Request::submit`], [`Request::finish`] or [`VirtqueueGuard::defer`]. One that is
+/// It ends in [`Request::submit`] or [`VirtqueueGuard::defer`]. One that is
 /// just dropped fails: it goes to the completion list with an error.
 ///
 /// # Invariants
 ///
-/// The slot is one of `vq`'s, its owner is [`Owner::Request`], and this is the only object for it.
+/// The slot is one of `vq`'s, its owner is [`Owner::Request`], and this is the only object for it. But in a
+/// [`FinishedRequest`] none of its bios was submitted since it was made or rewound.
 #[must_use = "a request that is dropped fails"]
 pub(crate) struct Request<'a, T: Operations> {
     vq: &'a Virtqueue<T>,
     slot: &'a Slot<T::Request>,
-    /// Its bios, if it has any, were submitted and are done.
-    finished: bool,
 }
 
 impl<'a, T: Operations> Request<'a, T> {
@@ -252,28 +251,21 @@ impl<'a, T: Operations> Request<'a, T> {
         slot.bios.set_error(false);
         slot.pass_to(Owner::Request);
         // INVARIANT: The slot was just claimed.
-        Self {
-            vq,
-            slot,
-            finished: false,
-        }
+        Self { vq, slot }
     }
 
-    /// Takes over a slot that came from the completion list, with its bios `finished`, or the list of deferred
-    /// requests.
+    /// Takes over a slot that came from the completion list or the list of deferred requests.
     ///
     /// # Safety
     ///
-    /// `slot` must be one of `vq`'s, just taken from one of these lists.
+    /// `slot` must be one of `vq`'s, just taken from one of these lists; if it was the completion list, the object
+    /// must go into a [`FinishedRequest`].
     #[inline]
-    pub(super) unsafe fn resume(
-        vq: &'a Virtqueue<T>,
-        slot: &'a Slot<T::Request>,
-        finished: bool,
-    ) -> Self {
+    pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
         slot.pass_to(Owner::Request);
-        // INVARIANT: Whatever is in a list is in it once, and had no object.
-        Self { vq, slot, finished }
+        // INVARIANT: Whatever is in a list is in it once, and had no object. Only [`Request::into_slot`] of what was
+        // not finished leads to the list of deferred requests.
+        Self { vq, slot }
     }
 
     /// The virtqueue that it is of.
@@ -300,39 +292,10 @@ impl<'a, T: Operations> Request<'a, T> {
         }
     }
 
-    /// How its bios ended, all together. If one would have blocked, see [`Request::rewind`].
-    #[inline]
-    pub(crate) fn ended(&self) -> Ended {
-        self.slot.bios.ended()
-    }
-
-    /// Whether one of its bios failed.
+    /// Whether it failed: one of the bios that it had, or by [`Request::fail`].
     #[inline]
     pub(crate) fn failed(&self) -> bool {
-        self.ended() == Ended::Failed
-    }
-
-    /// Has its bios, if they are done, done again when it is submitted the next time, by somebody who may wait.
-    pub(crate) fn rewind(&mut self, guard: &VirtqueueGuard<'_, T>) {
-        match guard.backend() {
-            Some(backend) if guard.is_of(self.vq) => {
-                // SAFETY: By the type invariant the slot's bios are ours, and they are on the virtqueue's backend.
-                unsafe { self.slot.bios.rewind(backend) };
-                self.finished = false;
-            }
-            _ => {
-                while self.take_bio().is_some() {}
-                self.fail();
-            }
-        }
-    }
-
-    /// Drops bios that are done, which must not be submitted once more.
-    #[inline]
-    pub(super) fn drop_finished(&mut self) {
-        if core::mem::take(&mut self.finished) {
-            while self.take_bio().is_some() {}
-        }
+        self.slot.bios.ended() == Ended::Failed
     }
 
     /// Makes the request one that failed.
@@ -340,18 +303,11 @@ impl<'a, T: Operations> Request<'a, T> {
         self.slot.bios.set_error(true);
     }
 
-    /// Undoes a failure, which somebody made good.
-    pub(crate) fn clear_failure(&self) {
-        self.slot.bios.set_error(false);
-    }
-
     /// Adds a bio, to be submitted after those that were added before.
     ///
-    /// One that was made for another virtqueue, backend or memory fails the request instead. Bios that are done,
-    /// and were not taken, are dropped.
+    /// One that was made for another virtqueue, backend or memory fails the request instead.
     #[inline]
     pub(crate) fn add(&mut self, guard: &VirtqueueGuard<'_, T>, bio: Bio<'_, Building>) {
-        self.drop_finished();
         let fits = guard.is_of(self.vq)
             && guard.backend().is_some_and(|device| bio.is_on(device))
             && bio.is_of(guard.memory());
@@ -363,24 +319,28 @@ impl<'a, T: Operations> Request<'a, T> {
         }
     }
 
-    /// Takes the next finished bio, in the order in which they were added. Its pages are released
-    /// when it is dropped.
+    /// Takes its next bio, in the order in which they were added.
     #[inline]
-    pub(crate) fn take_bio(&mut self) -> Option<Bio<'a, Finished>> {
+    fn take_bio(&mut self) -> Option<Bio<'a, Finished>> {
         // SAFETY: By the type invariant the slot's bios are ours.
         unsafe { self.slot.bios.take() }
     }
 
-    /// Submits all its bios, but those that are done. When the last one is done, the request comes out of
+    /// Drops its bios.
+    #[inline]
+    fn drop_bios(&mut self) {
+        while self.take_bio().is_some() {}
+    }
+
+    /// Submits all its bios. When the last one is done, the request comes out of
     /// [`VirtqueueGuard::next_completed`], or was completed without; that may be before this returns.
     #[inline]
-    pub(crate) fn submit(mut self) {
-        self.drop_finished();
+    pub(crate) fn submit(self) {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: The object is given up, so nobody else has the slot's bios. `add()` took only bios
         // on the virtqueue's backend and memory, which stay open and pinned while a slot has an owner or a bio; slots
-        // stay as long. None has been submitted since it was made or rewound.
+        // stay as long. By the type invariant none is submitted twice.
         unsafe { slot.bios.submit() };
     }
 
@@ -389,8 +349,7 @@ impl<'a, T: Operations> Request<'a, T> {
     ///
     /// The virtqueue may be stopped, and without a backend, before the task has returned:
     /// [`Submitter::flush`] waits for it.
-    pub(crate) fn submit_by(mut self, submitter: &Submitter, backend: Arc<Backend>) {
-        self.drop_finished();
+    pub(crate) fn submit_by(self, submitter: &Submitter, backend: Arc<Backend>) {
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
         // SAFETY: As in `submit()`. Slots are not moved or freed while one has an owner.
@@ -399,8 +358,7 @@ impl<'a, T: Operations> Request<'a, T> {
 
     /// Has [`Operations::handle_slow`] called for it in a context of its own, and submits its bios, if
     /// it has any, after that.
-    pub(crate) fn submit_slow(mut self) {
-        self.drop_finished();
+    pub(crate) fn submit_slow(self) {
         let vq = self.vq;
         let slot = self.into_slot();
         slot.pass_to(Owner::InFlight);
@@ -409,10 +367,10 @@ impl<'a, T: Operations> Request<'a, T> {
         unsafe { vq.slow().queue(slot.bios.node()) };
     }
 
-    /// Ends the request and frees its slot.
+    /// Ends the request, of which no bio is in flight, and frees its slot.
     #[inline]
-    pub(crate) fn finish(mut self) -> T::Request {
-        while self.take_bio().is_some() {}
+    pub(super) fn finish(mut self) -> T::Request {
+        self.drop_bios();
         let slot = self.into_slot();
         // SAFETY: The object is given up, so nobody else has the slot.
         let request = unsafe {
@@ -430,11 +388,92 @@ impl<'a, T: Operations> Request<'a, T> {
 
 impl<T: Operations> Drop for Request<'_, T> {
     fn drop(&mut self) {
-        // Unsubmitted bios are released, and the request completes with an error.
-        while self.take_bio().is_some() {}
+        // Its bios are released, and the request completes with an error.
+        self.drop_bios();
         self.slot.bios.set_error(true);
         self.slot.pass_to(Owner::InFlight);
         // SAFETY: The object is at its end, so nobody else has the slot's bios; there are none.
         unsafe { self.slot.bios.submit() };
+    }
+}
+
+/// A request whose bios, if it had any, are done, owned by whoever works on it.
+///
+/// It ends in [`FinishedRequest::finish`], or goes on by [`FinishedRequest::rewind`] or [`FinishedRequest::go_on`].
+/// One that is just dropped fails, as a [`Request`] does.
+///
+/// # Invariants
+///
+/// The request's bios were submitted and are done.
+#[must_use = "a request that is dropped fails"]
+pub(crate) struct FinishedRequest<'a, T: Operations>(Request<'a, T>);
+
+impl<'a, T: Operations> FinishedRequest<'a, T> {
+    /// Takes over a slot that came from the completion list.
+    ///
+    /// # Safety
+    ///
+    /// `slot` must be one of `vq`'s, just taken from that list.
+    #[inline]
+    pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
+        // INVARIANT: A request gets into that list when the last of its bios is done.
+        // SAFETY: The caller promises it.
+        Self(unsafe { Request::resume(vq, slot) })
+    }
+
+    /// As [`Request::data`].
+    #[inline]
+    pub(crate) fn data(&mut self) -> &mut T::Request {
+        self.0.data()
+    }
+
+    /// How its bios ended, all together. If one would have blocked, see [`FinishedRequest::rewind`].
+    #[inline]
+    pub(crate) fn ended(&self) -> Ended {
+        self.0.slot.bios.ended()
+    }
+
+    /// Takes the next finished bio, in the order in which they were added. Its pages are released
+    /// when it is dropped.
+    #[inline]
+    pub(crate) fn take_bio(&mut self) -> Option<Bio<'a, Finished>> {
+        self.0.take_bio()
+    }
+
+    /// Makes it one whose bios, which nobody took, are to be done again, by somebody who may wait.
+    ///
+    /// It fails if `guard` is not that of its virtqueue, or there is no backend.
+    pub(crate) fn rewind(self, guard: &VirtqueueGuard<'_, T>) -> Request<'a, T> {
+        let mut request = self.0;
+        match guard.backend() {
+            Some(backend) if guard.is_of(request.vq) => {
+                // SAFETY: By the type invariants the slot's bios are ours and done, and they are on the virtqueue's
+                // backend.
+                unsafe { request.slot.bios.rewind(backend) };
+            }
+            _ => {
+                request.drop_bios();
+                request.fail();
+            }
+        }
+        request
+    }
+
+    /// Makes it one without bios, which gets others. Those that nobody took are dropped; a failure stays.
+    pub(crate) fn go_on(self) -> Request<'a, T> {
+        let mut request = self.0;
+        request.drop_bios();
+        request
+    }
+
+    /// Undoes a failure, which somebody made good.
+    pub(crate) fn clear_failure(&self) {
+        self.0.slot.bios.set_error(false);
+    }
+
+    /// Ends the request and frees its slot.
+    #[inline]
+    pub(crate) fn finish(self) -> T::Request {
+        self.0.finish()
     }
 }

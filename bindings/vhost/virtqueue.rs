@@ -38,6 +38,7 @@ use super::{
     },
     request::{
         Direct,
+        FinishedRequest,
         Owner,
         Request,
         Slot, //
@@ -1208,7 +1209,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Takes the next request whose bios are done, oldest first. There is none while the rings are not in
     /// the device IOTLB, so that each can be completed at once.
     #[inline]
-    pub(crate) fn next_completed(&mut self) -> Option<Request<'a, T>> {
+    pub(crate) fn next_completed(&mut self) -> Option<FinishedRequest<'a, T>> {
         if self.inner().abandoned || !self.rings_accessible() {
             return None;
         }
@@ -1216,16 +1217,17 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     }
 
     #[inline]
-    fn take_completed(&mut self) -> Option<Request<'a, T>> {
+    fn take_completed(&mut self) -> Option<FinishedRequest<'a, T>> {
         let vq = self.vq;
         let inner = self.inner_mut();
         if inner.completed.is_null() {
             // SAFETY: The mutex is held.
             inner.completed = unsafe { vq.completions.take_all() };
         }
-        let request = Self::pop(vq, &mut inner.completed, true);
-        inner.progress |= request.is_some();
-        request
+        let slot = Self::pop(&mut inner.completed)?;
+        inner.progress = true;
+        // SAFETY: The list has slots of this virtqueue, and this one was just taken from it.
+        Some(unsafe { FinishedRequest::resume(vq, slot) })
     }
 
     /// Whether a request's bios were done since this was called last.
@@ -1236,11 +1238,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     /// Puts a request aside that has to go on later, until [`VirtqueueGuard::next_deferred`].
     ///
     /// One of another virtqueue fails instead.
-    pub(crate) fn defer(&mut self, mut request: Request<'_, T>) {
+    pub(crate) fn defer(&mut self, request: Request<'_, T>) {
         if !self.is_of(request.virtqueue()) {
             return;
         }
-        request.drop_finished();
         let node = request.into_slot().bios.node();
         let inner = self.inner_mut();
         // SAFETY: The request's node is in no list while it has an object, which was given up. The last
@@ -1266,15 +1267,13 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
 
     fn take_deferred(&mut self) -> Option<Request<'a, T>> {
         let vq = self.vq;
-        Self::pop(vq, &mut self.inner_mut().deferred, false)
+        let slot = Self::pop(&mut self.inner_mut().deferred)?;
+        // SAFETY: The list has slots of this virtqueue, and this one was just taken from it.
+        Some(unsafe { Request::resume(vq, slot) })
     }
 
     #[inline]
-    fn pop(
-        vq: &'a Virtqueue<T>,
-        list: &mut *mut raw::llist_node,
-        finished: bool,
-    ) -> Option<Request<'a, T>> {
+    fn pop(list: &mut *mut raw::llist_node) -> Option<&'a Slot<T::Request>> {
         let node = *list;
         if node.is_null() {
             return None;
@@ -1283,7 +1282,7 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
         // slot has an object that may change it.
         unsafe {
             *list = (*node).next;
-            Some(Request::resume(vq, Slot::from_node(node), finished))
+            Some(Slot::from_node(node))
         }
     }
 
@@ -1523,7 +1522,10 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
     pub(super) fn abandon(&mut self) {
         self.inner_mut().abandoned = true;
         self.set_rings(None);
-        while let Some(request) = self.take_deferred().or_else(|| self.take_completed()) {
+        while let Some(request) = self.take_deferred() {
+            drop(request.finish());
+        }
+        while let Some(request) = self.take_completed() {
             drop(request.finish());
         }
         self.inner_mut().used = 0;
