@@ -258,7 +258,8 @@ WRITE = ("--write", "--yes-destroy-data", "--no-restore", "--write-size=8")
 TASK = (*WRITE, "--worker-mode=task")
 RANGES = ("--only=zeroes", "--only=discard", "--only=erase", "--only=ranges")
 KTHREAD = (*WRITE, "--worker-mode=kthread")
-IOTLB = ("--iotlb", "--invalidate-ms=20")
+# Each page of a request waits for the program to translate it: megabytes take long on a machine with other work.
+IOTLB = ("--iotlb", "--invalidate-ms=20", "--timeout=120")
 PIN = "--pin-memory"
 
 
