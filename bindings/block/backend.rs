@@ -270,7 +270,7 @@ impl Backend {
         }
     }
 
-    /// Whether it has the `sectors` sectors from `sector` on now, and may be written if somebody `writes` there.
+    /// Whether the disk now has `sectors` sectors from `sector` on and, if `writes`, may be written.
     pub(crate) fn takes(&self, writes: bool, sector: u64, sectors: u64) -> bool {
         let end = sector.checked_add(sectors);
         end.is_some_and(|end| end <= self.capacity()) && (!writes || self.writable())

@@ -1010,16 +1010,15 @@ impl PendingBios {
         }
     }
 
-    /// Makes all bios, which are finished and on `device`, as they were before they were submitted, but that their
-    /// submitter may wait.
+    /// Makes all bios as they were before they were submitted, but that their submitter may wait.
     ///
     /// # Safety
     ///
-    /// As for [`PendingBios::add`].
+    /// As for [`PendingBios::add`]. All bios must be finished, and on `device`.
     #[cold]
     pub(in crate::bindings) unsafe fn rewind(&self, device: &Backend) {
         self.set_error(false);
-        // SAFETY: The caller owns this object, and so the bios.
+        // SAFETY: The caller owns this object, and so the bios, and says that they are finished.
         unsafe {
             let mut next = *self.first.get();
             while let Some(bio) = NonNull::new(next) {
@@ -1076,7 +1075,7 @@ impl PendingBios {
     ///
     /// As for [`PendingBios::add`]. The caller gives up ownership: when this returns, everything may
     /// be complete already. The bios' backends must stay open until the last bio is done, and this object must
-    /// not move or go before.
+    /// not move or go before. No bio may have been submitted since it was made or rewound.
     #[inline(always)]
     pub(in crate::bindings) unsafe fn submit(&self) {
         // SAFETY: The caller owns this object.

@@ -146,7 +146,8 @@ impl SlotHead {
 /// # Invariants
 ///
 /// `request` is initialised while the owner is not [`Owner::Nobody`]. What [`SlotHead::complete`]
-/// leaves there is out of reach, and dropped when the slot is claimed again.
+/// leaves there is out of reach, and dropped when the slot is claimed again. There are no bios while the owner is
+/// [`Owner::Nobody`].
 #[repr(C)]
 pub(super) struct Slot<R> {
     /// First, so that a node leads to the slot.
@@ -181,7 +182,7 @@ impl<R> Slot<R> {
     ///
     /// # Safety
     ///
-    /// The slot's owner must be [`Owner::InFlight`], and the caller the only one to know of it. It is not
+    /// [`Request::submit_slow`] must have given up the slot, and the caller be the only one to know of it. It is not
     /// the caller's any more when this returns.
     pub(super) unsafe fn run_slow<T: Operations<Request = R>>(&self, fail: bool) {
         if fail {
@@ -190,7 +191,7 @@ impl<R> Slot<R> {
         } else if let Some(request) = unsafe { &mut *self.request.get() } {
             T::handle_slow(request);
         }
-        // SAFETY: As above; `add()` took only bios on the virtqueue's backend.
+        // SAFETY: As above. The bios are those of a `Request`, as in its `submit()`.
         unsafe { self.bios.submit() };
     }
 
@@ -209,13 +210,14 @@ impl<R> Slot<R> {
 
 /// A request in its slot, with the bios that it is to have done, owned by whoever works on it.
 ///
-/// It ends in [`Request::submit`] or [`VirtqueueGuard::defer`]. One that is
-/// just dropped fails: it goes to the completion list with an error.
+/// It ends in [`Request::submit`] or [`VirtqueueGuard::defer`]. One that is just dropped fails: it goes to the
+/// completion list with an error.
 ///
 /// # Invariants
 ///
-/// The slot is one of `vq`'s, its owner is [`Owner::Request`], and this is the only object for it. But in a
-/// [`FinishedRequest`] none of its bios was submitted since it was made or rewound.
+/// The slot is one of `vq`'s, its owner is [`Owner::Request`], and this is the only object for it.
+/// Unless it is within a [`FinishedRequest`], none of its bios has been submitted since the bio was made or
+/// rewound.
 #[must_use = "a request that is dropped fails"]
 pub(crate) struct Request<'a, T: Operations> {
     vq: &'a Virtqueue<T>,
@@ -250,7 +252,7 @@ impl<'a, T: Operations> Request<'a, T> {
         unsafe { slot.request.get().write(Some(request())) };
         slot.bios.set_error(false);
         slot.pass_to(Owner::Request);
-        // INVARIANT: The slot was just claimed.
+        // INVARIANT: The slot was just claimed, and has no bios.
         Self { vq, slot }
     }
 
@@ -263,8 +265,8 @@ impl<'a, T: Operations> Request<'a, T> {
     #[inline]
     pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
         slot.pass_to(Owner::Request);
-        // INVARIANT: Whatever is in a list is in it once, and had no object. Only [`Request::into_slot`] of what was
-        // not finished leads to the list of deferred requests.
+        // INVARIANT: Whatever is in a list is in it once, and had no object. `VirtqueueGuard::defer()` takes none
+        // that is finished.
         Self { vq, slot }
     }
 
@@ -292,7 +294,7 @@ impl<'a, T: Operations> Request<'a, T> {
         }
     }
 
-    /// Whether it failed: one of the bios that it had, or by [`Request::fail`].
+    /// Whether one of its bios failed, or it was made to fail.
     #[inline]
     pub(crate) fn failed(&self) -> bool {
         self.slot.bios.ended() == Ended::Failed
@@ -417,7 +419,7 @@ impl<'a, T: Operations> FinishedRequest<'a, T> {
     #[inline]
     pub(super) unsafe fn resume(vq: &'a Virtqueue<T>, slot: &'a Slot<T::Request>) -> Self {
         // INVARIANT: A request gets into that list when the last of its bios is done.
-        // SAFETY: The caller promises it.
+        // SAFETY: The caller promises it, and the object goes into a `FinishedRequest`.
         Self(unsafe { Request::resume(vq, slot) })
     }
 
@@ -440,7 +442,8 @@ impl<'a, T: Operations> FinishedRequest<'a, T> {
         self.0.take_bio()
     }
 
-    /// Makes it one whose bios, which nobody took, are to be done again, by somebody who may wait.
+    /// Makes it one whose bios, which nobody took, are to be done again, by somebody who may wait. How
+    /// they ended is forgotten.
     ///
     /// It fails if `guard` is not that of its virtqueue, or there is no backend.
     pub(crate) fn rewind(self, guard: &VirtqueueGuard<'_, T>) -> Request<'a, T> {
@@ -456,6 +459,7 @@ impl<'a, T: Operations> FinishedRequest<'a, T> {
                 request.fail();
             }
         }
+        // INVARIANT: Its bios were rewound or dropped.
         request
     }
 
@@ -463,6 +467,7 @@ impl<'a, T: Operations> FinishedRequest<'a, T> {
     pub(crate) fn go_on(self) -> Request<'a, T> {
         let mut request = self.0;
         request.drop_bios();
+        // INVARIANT: It has no bios.
         request
     }
 

@@ -453,7 +453,7 @@ impl<T: Operations> Virtqueue<T> {
         };
         let mut node = vq.slow.take_all();
         while !node.is_null() {
-            // SAFETY: The list holds nodes of slots of this virtqueue that are in flight and nobody
+            // SAFETY: The list holds nodes of slots of this virtqueue that `submit_slow()` gave up, which are nobody
             // else's. Each is read before its slot is handed over.
             unsafe {
                 let slot = Slot::<T::Request>::from_node(node);
@@ -1279,7 +1279,8 @@ impl<'a, T: Operations> VirtqueueGuard<'a, T> {
             return None;
         }
         // SAFETY: The lists hold nodes of slots of this virtqueue, each of which is read before its
-        // slot has an object that may change it.
+        // slot has an object that may change it. A slot in a list has an owner, so it stays until whoever takes it
+        // gives it up.
         unsafe {
             *list = (*node).next;
             Some(Slot::from_node(node))
