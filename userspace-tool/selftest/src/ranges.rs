@@ -200,8 +200,8 @@ fn zeroes_logged(context: &Context) -> Result<()> {
     let sectors = u32::try_from(info.logical_block_size as usize / SECTOR)?;
     // As many rounds as take longer than a stop would wait for, and less than it takes to be refused.
     let round = passes(guest.queue(0))?;
-    let rounds = (GRACE * 3 / 2).div_duration_f64(round).ceil() as usize;
-    let segments = (4 * rounds).min(SEGMENTS);
+    let rounds = (GRACE * 3 / 2).as_nanos().div_ceil(round.as_nanos().max(1));
+    let segments = usize::try_from(4 * rounds)?.min(SEGMENTS);
     let range = Range::new(0, sectors);
     let request = Request::ranges(Kind::WriteZeroes, &vec![range; segments]);
     guest.queue(0).submit(request, &Shape::default())?;
