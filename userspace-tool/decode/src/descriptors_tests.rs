@@ -20,7 +20,7 @@ const COUNT: usize = 64;
 const ROOM: usize = 20;
 
 fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Words {
-    let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
+    let rest = u64::from(len) | (u64::from(flags) << 32) | (u64::from(next) << 48);
     [address.to_le(), rest.to_le()]
 }
 

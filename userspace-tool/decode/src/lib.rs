@@ -6,6 +6,9 @@
 //! unchanged. This crate has nothing but tests of them, of every bound and with
 //! random input.
 
+// The kernel's build does not ask for this lint: its sources say why at each cast.
+#![allow(clippy::cast_possible_truncation)]
+
 #[cfg(test)]
 #[path = "../../../driver/choice.rs"]
 mod choice;

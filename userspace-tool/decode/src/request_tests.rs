@@ -288,7 +288,7 @@ proptest! {
             FLUSH => Ok(Request::Flush),
             GET_ID => Ok(Request::GetId),
             _ => match RANGES.iter().find(|(number, ..)| *number == kind) {
-                Some((_, _, bit)) if limits.features >> bit & 1 == 0 => Err(Status::Unsupp),
+                Some((_, _, bit)) if (limits.features >> bit) & 1 == 0 => Err(Status::Unsupp),
                 Some(_) if limits.read_only => Err(Status::IoErr),
                 Some((_, op, _)) if readable % 16 == 0 && (16..=4096).contains(&readable) => {
                     Ok(Request::Ranges { op: *op, count: (readable / 16) as usize })

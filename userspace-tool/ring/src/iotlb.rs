@@ -182,7 +182,7 @@ impl Message {
             body[at..at + 8]
                 .iter()
                 .rev()
-                .fold(0, |n, &b| n << 8 | u64::from(b))
+                .fold(0, |n, &b| (n << 8) | u64::from(b))
         };
         let message = Message {
             kind: body[25].into(),

@@ -94,7 +94,7 @@ pub(crate) fn get_info(fd: &File, of: c_int) -> io::Result<Info> {
 }
 
 /// Most zones that [`report_zones`] asks for.
-const MAX_ZONES: usize = 256;
+const MAX_ZONES: c_uint = 256;
 
 /// `struct blk_zone_report` of `<linux/blkzoned.h>`, with room for zones.
 #[repr(C)]
@@ -103,7 +103,7 @@ struct ZoneReport {
     nr_zones: u32,
     flags: u32,
     /// `struct blk_zone`, 64 bytes each.
-    zones: [[u64; 8]; MAX_ZONES],
+    zones: [[u64; 8]; MAX_ZONES as usize],
 }
 
 /// Asks a zoned disk of the host for up to 256 zones, from that of `sector` on.
@@ -117,9 +117,9 @@ pub fn report_zones(disk: &File, sector: u64) -> io::Result<Vec<Zone>> {
 
     let mut report = Box::new(ZoneReport {
         sector,
-        nr_zones: MAX_ZONES as c_uint,
+        nr_zones: MAX_ZONES,
         flags: 0,
-        zones: [[0; 8]; MAX_ZONES],
+        zones: [[0; 8]; MAX_ZONES as usize],
     });
     // SAFETY: The kernel reads and writes the 16 bytes of the header, and up to `nr_zones` zones of 64 bytes
     // behind it, for which there is room. All members are integers.
